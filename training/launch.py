@@ -1,0 +1,36 @@
+"""torchrun with a quiet ending; run_ddp.sh calls it with torchrun's own arguments.
+
+torchrun is `torch.distributed.run.main()`. When a rank fails it buries what the rank said under a
+traceback of its own and exits with 1. Here the rank's words stay last, and its status is passed on.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def launch() -> int:
+    logging.disable(logging.ERROR)  # in this process alone; the ranks log as they like
+    try:
+        main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(f"error: rank {rank} was killed by {name}", file=sys.stderr)
+            return 128 - failure.exitcode
+        return failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    # a rank finishes its step and saves before it obeys a signal; torchrun would kill it after 30 s
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    sys.exit(launch())

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# DDP training through torchrun; every flag goes to train_ddp.py (--help lists them).
+#
+#   bash training/run_ddp.sh                          one process per GPU, or two on a CPU
+#   NPROC_PER_NODE=3 bash training/run_ddp.sh         that many
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash training/run_ddp.sh    on each of two hosts
+#   MAX_RESTARTS=3 bash training/run_ddp.sh           go on from last.pt when a rank is killed
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+
+# torchrun gives each process one thread, which leaves cores idle on a CPU
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+if [ "${NNODES:-1}" = 1 ]; then
+  meet=(--standalone)  # a free port, so that two runs on one host do not collide
+else
+  meet=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?is 0 on the first host, 1 on the next}"
+    --rdzv-backend c10d --rdzv-id distrinews
+    --rdzv-endpoint "${MASTER_ADDR:?is the address of the first host}:${MASTER_PORT:-29500}")
+fi
+exec python "$here/launch.py" "${meet[@]}" --nproc-per-node "$nproc" \
+  --max-restarts "${MAX_RESTARTS:-0}" "$here/train_ddp.py" "$@"
