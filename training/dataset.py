@@ -330,6 +330,10 @@ class LengthWindows(Sampler[list[int]]):
     def __len__(self) -> int:
         return -(-len(self.lengths) // self.global_batch_size)
 
+    def row_count(self, step: int) -> int:
+        """How many rows count in a step, over all ranks: the global batch, or what is left of the epoch."""
+        return min(self.global_batch_size, len(self.lengths) - step * self.global_batch_size)
+
     def by_length(self, rows: list[int]) -> list[int]:
         return sorted(rows, key=lambda row: self.lengths[max(row, -1 - row)])
 

@@ -115,8 +115,8 @@ def main() -> None:
     total_steps = min(len(steps) * args.epochs, args.max_steps or math.inf)
 
     record = utils.start_record(
-        args, device, backend, precision, world_size, micro_batch_size, grad_accum_steps,
-        total_steps, raw_model, model_source, data, LABELS,
+        args, device, backend, precision, micro_batch_size, grad_accum_steps, total_steps,
+        raw_model, model_source, data, LABELS,
     )  # fmt: skip
     print0(f"model: {model_source} ({model_why}), {record['parameters']:,} parameters")
     print0(f"data: {data.source} ({data.why}), {len(data.train):,} rows to train on")
@@ -134,7 +134,7 @@ def main() -> None:
     )
     utils.compress_gradients(model, args.grad_compression)
     watch = utils.Stopwatch(device, at)
-    bar = utils.Progress(at, len(steps), total_steps, args.global_batch_size, len(data.train))
+    bar = utils.Progress(at, steps, total_steps)
     for epoch in range(at["epoch"], args.epochs):
         sampler.set_epoch(epoch)  # DDP 3/7: or every epoch has the first one's order
         steps.start = at["step"]
@@ -147,7 +147,7 @@ def main() -> None:
                 break
             utils.seed_step(args.seed, epoch, step, rank)  # other dropout masks on each rank
             utils.set_lr(optimizer, epoch * len(steps) + step, total_steps, args.lr, args.warmup)
-            step_rows = min(steps.global_batch_size, len(data.train) - step * steps.global_batch_size)
+            step_rows = steps.row_count(step)
             for micro_step, (input_ids, attention_mask, labels) in enumerate(micro_batches, 1):
                 # DDP 5/7: no_sync. Gradients add up in place over the micro-batches, and only the
                 # last backward needs the all-reduce. The forward decides: it must be inside.

@@ -96,8 +96,8 @@ def main() -> None:
     total_steps = min(len(steps) * args.epochs, args.max_steps or math.inf)
 
     record = utils.start_record(
-        args, device, backend, precision, world_size, micro_batch_size, grad_accum_steps,
-        total_steps, raw_model, model_source, data, LABELS,
+        args, device, backend, precision, micro_batch_size, grad_accum_steps, total_steps,
+        raw_model, model_source, data, LABELS,
     )  # fmt: skip
     print0(f"model: {model_source} ({model_why}), {record['parameters']:,} parameters")
     print0(f"data: {data.source} ({data.why}), {len(data.train):,} rows to train on")
@@ -109,7 +109,7 @@ def main() -> None:
 
     model = raw_model
     watch = utils.Stopwatch(device, at)
-    bar = utils.Progress(at, len(steps), total_steps, args.global_batch_size, len(data.train))
+    bar = utils.Progress(at, steps, total_steps)
     for epoch in range(at["epoch"], args.epochs):
         generator.manual_seed(args.seed + epoch)
         steps.start = at["step"]
@@ -122,7 +122,7 @@ def main() -> None:
                 break
             utils.seed_step(args.seed, epoch, step)
             utils.set_lr(optimizer, epoch * len(steps) + step, total_steps, args.lr, args.warmup)
-            step_rows = min(steps.global_batch_size, len(data.train) - step * steps.global_batch_size)
+            step_rows = steps.row_count(step)
             for input_ids, attention_mask, labels in micro_batches:
                 with autocast():
                     logits = model(input_ids.to(device), attention_mask.to(device)).float()

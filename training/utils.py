@@ -1,4 +1,4 @@
-"""What both training scripts need around the loop. At world size 1 every reduction here is a no-op."""
+"""What both training scripts need around the loop. At world size 1 every reduction is a no-op."""
 
 import ctypes
 import importlib.util
@@ -28,44 +28,50 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+ROOT = Path(__file__).parent.parent
+NOT_FINITE = 1000  # above every signal number, so that it wins where ranks agree on why to stop
+
 
 class UsageError(Exception):
-    """Something the user asked for that cannot be; the message is one line and names the remedy."""
+    """Something asked for that cannot be; the message is one line and names the remedy."""
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be written or read; the message is one line and names the file."""
 
 
-NOT_FINITE = 1000  # beyond every signal number, so that it wins where ranks agree on why to stop
-
-
-# Ranks --------------------------------------------------------------------------------------------
+# Ranks
 
 
 def rank_info() -> tuple[int, int]:
-    """(rank, world_size); (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rank, world_size), as torchrun set them; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def torchrun_world_size() -> int:
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        raise UsageError("train_ddp.py is started by torchrun: bash training/run_ddp.sh [flags]")
+    return rank_info()[1]
 
 
 def print0(*args, **kwargs) -> None:
-    """print on rank 0 alone; before the process group starts, torchrun's RANK tells."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        with tqdm.external_write_mode():  # a line of text does not tear the progress bar
+    """print on rank 0 alone."""
+    if rank_info()[0] == 0:
+        with tqdm.external_write_mode():  # so that a line of text does not tear the progress bar
             print(*args, **kwargs, flush=True)
 
 
 def reduce_sum(values: list[float]) -> list[float]:
-    """The sums over all ranks, in float64 so that counts stay exact. A collective: every rank calls it."""
+    """The sums over all ranks, in float64, which keeps counts exact. Every rank must call it."""
     if not dist.is_initialized():
         return values
-    tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo carries it, no GPU waits
+    tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU: gloo carries it
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
 def reduce_max(value: int) -> int:
-    """The largest over all ranks. A collective: every rank calls it."""
+    """The largest over all ranks. Every rank must call it."""
     if not dist.is_initialized():
         return value
     tensor = torch.tensor(value)
@@ -75,71 +81,61 @@ def reduce_max(value: int) -> int:
 
 @contextmanager
 def one_line_errors(*kinds: type[Exception]):
-    """Turns the errors that a user can cause into one line and exit status 1; any other keeps its traceback.
+    """Turns errors that a user can cause into one line and status 1; others keep their traceback.
 
-    Most of them strike all ranks alike. Rank 0 speaks; the others wait for torchrun to end them,
-    and speak up only if it does not, for then the error was theirs alone.
+    Most of them strike all ranks alike. Rank 0 speaks, the others wait for torchrun to end them;
+    if it does not, the error was theirs alone and they speak too.
     """
     try:
         yield
     except kinds as error:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if rank_info()[0] > 0:
             time.sleep(5)
+        print(f"\nerror: {error}" if sys.stderr.isatty() else f"error: {error}", file=sys.stderr)
         sys.stdout.flush()
-        sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
-        os._exit(
-            1
-        )  # not sys.exit: leaving a process group in an orderly way can wait for ranks that are gone
-
-
-# Signals ------------------------------------------------------------------------------------------
+        os._exit(1)  # an orderly exit can wait for ranks that are gone
 
 
 class StopSignal:
-    """SIGTERM and SIGINT: noted while `deferred`, for the loop to stop between two steps; else they end the process."""
+    """SIGTERM and SIGINT end the process; while `deferred` they are noted, and the loop ends it."""
 
     def __init__(self):
         self.number, self.deferred = 0, False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._received)
+        signal.signal(signal.SIGTERM, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
 
-    def _received(self, number: int, frame) -> None:
+    def receive(self, number: int, frame) -> None:
         self.number = self.number or number
         if not self.deferred:
-            self.exit(
-                number,
-                "stopped between two saves; the same command goes on from the last one, if there is one",
-            )
+            self.exit(number, "stopped; the same command goes on from the last save, if any")
 
     def exit(self, number: int, message: str) -> None:
         print0(message)
-        os._exit(
-            128 + number
-        )  # as a shell reports a signal; at once, since other ranks may be gone already
+        os._exit(128 + number)  # a shell's status for it; at once, as other ranks may be gone
 
 
-# The machine --------------------------------------------------------------------------------------
+# The machine
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks instead of returning them to the kernel.
+    """Has glibc keep large freed blocks, where it would return them to the kernel.
 
-    Gradients and activations are freed and allocated again in every step; without this each comes
-    back as fresh pages that the kernel has to clear. Worth 10 to 20 % of a training step on a CPU.
+    Every step frees and allocates its gradients and activations again, and fresh pages have to be
+    cleared by the kernel: measured here, 10 to 20 % of a step on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # no glibc: nothing to tune
+    except (AttributeError, OSError, TypeError):  # no glibc, nothing to tune
         return
     mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def hub_answers(seconds: float = 5) -> bool:
-    """Whether the Hugging Face Hub can be reached. If not, its libraries are told to use their cache and not to retry.
+    """Whether the Hugging Face Hub can be reached; if not, its libraries are told to work offline.
 
-    In a thread, because a name server that is silent blocks for longer than any socket timeout.
+    In a thread, since a silent name server blocks for longer than any socket's time limit.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False
@@ -148,71 +144,50 @@ def hub_answers(seconds: float = 5) -> bool:
     def ask():
         url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
-            urllib.request.urlopen(
-                urllib.request.Request(url, method="HEAD"), timeout=seconds
-            ).close()
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
             answers.append(True)
         except urllib.error.HTTPError:  # an answer, if not a friendly one
             answers.append(True)
-        except OSError:
+        except (OSError, ValueError):
             pass
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
     if not answers:
-        os.environ["HF_HUB_OFFLINE"] = (
-            "1"  # read when huggingface_hub is first imported, which is later
-        )
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub, later
     return bool(answers)
 
 
-def torchrun_world_size() -> int:
-    if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "train_ddp.py is started by torchrun, as in: bash training/run_ddp.sh [flags]"
-        )
-    return int(os.environ["WORLD_SIZE"])
-
-
 def choose_device(backend: str | None = None) -> tuple[torch.device, str]:
-    """This process's device, by its LOCAL_RANK (0 without torchrun), and the backend that fits it."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    """This process's device, by LOCAL_RANK, and its backend. `backend` None means one process."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if backend else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if backend else 1
+    gpus = torch.cuda.device_count()
     if backend == "nccl" and not gpus:
-        raise UsageError(
-            "--backend nccl needs a GPU and none is visible; use --backend gloo, or auto"
-        )
+        raise UsageError("--backend nccl needs a GPU, and none is visible; use auto or gloo")
     if not gpus:
         return torch.device("cpu"), "gloo" if backend else "no backend"
     if processes > gpus and backend != "gloo":
-        raise UsageError(f"{processes} processes for {gpus} GPU{'s' * (gpus > 1)}; start {gpus} "
-                         f"(NPROC_PER_NODE={gpus}), or share with --backend gloo")  # fmt: skip
+        raise UsageError(
+            f"{processes} processes for {gpus} GPU{'s' * (gpus > 1)}; start {gpus} of them "
+            f"(NPROC_PER_NODE={gpus}), or let them share with --backend gloo"
+        )
     device = torch.device("cuda", local_rank % gpus)
-    torch.cuda.set_device(device)  # before the group starts, or every rank opens a context on GPU 0
-    if backend:
-        backend = "gloo" if backend == "gloo" else "nccl"
-    return device, backend or "no backend"
-
-
-def compress_gradients(model, kind: str) -> None:
-    """Has DDP all-reduce gradients as 16-bit numbers: half the bytes, rounded to 11 or 8 significant bits."""
-    if kind != "none":
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-
-        model.register_comm_hook(None, getattr(default_hooks, f"{kind}_compress_hook"))
+    torch.cuda.set_device(device)  # before the group starts, or every rank opens GPU 0 as well
+    return device, {None: "no backend", "gloo": "gloo"}.get(backend, "nccl")
 
 
 def choose_precision(choice: str, device: torch.device) -> tuple[str, str]:
     """`--precision` -> (fp32, bf16 or fp16; why)."""
+    if choice == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
     if choice != "auto":
-        if choice == "fp16" and device.type == "cpu":
-            raise UsageError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
         return choice, "named"
     if device.type == "cuda":
-        # not is_bf16_supported(): it is True on a T4, which emulates bf16 many times slower than fp16
+        # is_bf16_supported() says yes on a T4 too, which only emulates bf16
         major, minor = torch.cuda.get_device_capability(device)
-        return ("bf16" if major >= 8 else "fp16"), f"compute capability {major}.{minor}"
+        return "bf16" if major >= 8 else "fp16", f"compute capability {major}.{minor}"
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -224,23 +199,56 @@ def choose_precision(choice: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(device: torch.device, precision: str):
-    """A context maker: matrix products in bf16 or fp16, everything else and the weights in fp32; or nothing."""
+    """A maker of contexts: matrix products in 16 bits, the weights and all else in fp32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "fp32")
 
 
-# Steps --------------------------------------------------------------------------------------------
+# Steps
+
+
+def check_flags(args, world_size: int) -> tuple[int, int]:
+    """Refuses flags that make no sense; returns (micro_batch_size, grad_accum_steps)."""
+    for name in ("epochs", "save_every", "max_steps", "max_train_samples", "max_eval_samples",
+                 "patience", "global_batch_size", "micro_batch_size"):  # fmt: skip
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if not 8 <= args.max_length <= 512:
+        raise UsageError(f"--max-length {args.max_length}: expected 8 to 512")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise UsageError(f"--lr {args.lr}: expected a number above 0")
+    if not 0 <= args.warmup <= 1:
+        raise UsageError(f"--warmup {args.warmup}: expected a part of all steps, 0 to 1")
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed}: expected 0 or more")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UsageError("--tensorboard needs a package: pip install tensorboard")
+    return accumulation(args.global_batch_size, args.micro_batch_size, world_size)
+
+
+def accumulation(global_size: int, micro: int | None, world_size: int) -> tuple[int, int]:
+    """(micro_batch_size, grad_accum_steps): global = micro x world_size x accumulation, exactly."""
+    unit = (micro or 1) * world_size
+    if global_size % unit:
+        below = global_size - global_size % unit
+        nearest = below if below and global_size - below <= unit / 2 else below + unit
+        what = f"{micro} rows x " if micro else ""
+        raise UsageError(
+            f"--global-batch-size {global_size} is not divisible by {unit} ({what}{world_size} "
+            f"processes); the nearest that is: {nearest}"
+        )
+    micro = micro or global_size // world_size
+    return micro, global_size // (micro * world_size)
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int = 0) -> None:
-    """Makes the dropout masks of a step a function of these four numbers.
+    """Makes a step's dropout masks a function of these four numbers.
 
-    No generator state has to be saved to resume with the same bits, and ranks draw different masks:
-    with the same ones, two ranks would drop the same units on different rows.
+    So a resumed run draws the same ones with no generator state saved, and ranks draw different
+    ones: with equal masks they would drop the same units, which is a weaker regulariser.
     """
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, epoch, step, rank]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    sequence = np.random.SeedSequence([seed, epoch, step, rank])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
 def lr_at(step: int, total_steps: int, peak: float, warmup: float) -> float:
@@ -251,29 +259,45 @@ def lr_at(step: int, total_steps: int, peak: float, warmup: float) -> float:
     return peak * (total_steps - step) / max(1, total_steps - warmup_steps)
 
 
-def is_bad(loss_sum: float | None) -> bool:
-    return loss_sum is not None and not math.isfinite(loss_sum)
-
-
 def set_lr(optimizer, step: int, total_steps: int, peak: float, warmup: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, total_steps, peak, warmup)
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: biases and LayerNorm weights are vectors, and shrinking those only hurts."""
+    """AdamW that decays matrices alone: biases and LayerNorm's weights, all vectors, are spared."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def evaluate(
-    model: nn.Module, loader, device: torch.device, autocast, total: int
-) -> tuple[float, float]:
-    """(mean loss, accuracy) over all `total` rows, exact at any world size: ranks sum, then one division.
+def compress_gradients(model, kind: str) -> None:
+    """Has DDP all-reduce gradients in 16 bits: half the bytes, 11 or 8 significant bits."""
+    if kind != "none":
+        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-    Takes the unwrapped model: ranks may hold different numbers of batches, and a DDP forward may not.
+        model.register_comm_hook(None, getattr(default_hooks, f"{kind}_compress_hook"))
+
+
+def is_bad(loss_sum: float | None) -> bool:
+    return loss_sum is not None and not math.isfinite(loss_sum)
+
+
+def explain_not_finite(at: dict, precision: str, last_pt: Path) -> str:
+    cause = "fp16 overflow or too high a --lr" if precision == "fp16" else "too high a --lr"
+    kept = f"{last_pt} holds the last good state" if last_pt.exists() else "nothing was saved yet"
+    return (
+        f"the loss is no finite number at epoch {at['epoch'] + 1}, step {at['step']}; likely "
+        f"cause: {cause}; {kept}"
+    )
+
+
+def evaluate(model: nn.Module, loader, device, autocast, total: int) -> tuple[float, float]:
+    """(mean loss, accuracy) over all `total` rows, exact at any world size. Every rank calls it.
+
+    Takes the unwrapped model: ranks may hold different numbers of batches, and DDP's forward is
+    made for equal ones.
     """
     model.eval()
     loss_sum = correct = count = 0.0
@@ -292,9 +316,10 @@ def evaluate(
 
 
 class Stopwatch:
-    """Seconds and rows by activity, kept in `at["seconds"]` and `at["rows"]`, the device synchronised at each change.
+    """Seconds and rows by activity, in at["seconds"] and at["rows"].
 
-    The first steps of a process are "warmup": memory is fresh, and a GPU picks its kernels.
+    The device is synchronised at each change of activity. A process's first steps are "warmup":
+    memory is fresh, and a GPU chooses its kernels.
     """
 
     WARMUP = 3
@@ -322,386 +347,276 @@ class Stopwatch:
 
 
 class Progress:
-    """A bar over the whole run on rank 0: rows done, its loss, samples/s, time left. Elsewhere nothing."""
+    """A bar over the whole run, on rank 0 alone: rows done, samples/s, time left, its loss."""
 
-    SLOW = 3600  # seconds from which a run is worth a word
+    def __init__(self, at: dict, steps, total_steps: int):
+        def rows_until(step: int) -> int:
+            epochs, rest = divmod(step, len(steps))
+            return epochs * len(steps.lengths) + rest * steps.global_batch_size
 
-    def __init__(
-        self,
-        at: dict,
-        steps_per_epoch: int,
-        total_steps: int,
-        global_batch_size: int,
-        rows_per_epoch: int,
-    ):
-        def rows_until(steps):
-            epochs, rest = divmod(steps, steps_per_epoch)
-            return epochs * rows_per_epoch + rest * global_batch_size
-
-        done = rows_until(at["epoch"] * steps_per_epoch + at["step"])
+        self.rank, self.world_size = rank_info()
+        self.loss_sum, self.unread, self.rows, self.began = 0.0, 0, 0, time.perf_counter()
         tty = sys.stderr.isatty()
         self.bar = tqdm(
-            total=rows_until(total_steps), initial=done, unit=" samples", dynamic_ncols=tty, smoothing=0.1,
-            mininterval=0.5 if tty else 10, disable=int(os.environ.get("RANK", 0)) > 0,
-        )  # fmt: skip
-        self.began, self.rows, self.warned = time.perf_counter(), 0, False
-        self.loss_sum, self.unread = 0.0, 0
+            total=rows_until(total_steps),
+            initial=rows_until(at["epoch"] * len(steps) + at["step"]),
+            unit=" samples",
+            dynamic_ncols=tty,
+            mininterval=0.5 if tty else 10,  # in a log file every refresh is a line
+            disable=self.rank > 0,
+        )
+        self.close = self.bar.close
 
     def update(self, rows: int, loss_sum: float | None) -> None:
-        """Counts a step's rows; where rank 0's running loss sum was read, shows the mean since it was read last."""
+        """Adds a step's rows; shows the mean loss since the running sum was last read."""
+        self.rows += rows
         self.unread += rows
         if loss_sum is not None:
-            share = self.unread / int(os.environ.get("WORLD_SIZE", 1))
-            self.bar.set_postfix_str(
-                f"loss {(loss_sum - self.loss_sum) / share:.3f}", refresh=False
-            )
+            loss = (loss_sum - self.loss_sum) * self.world_size / self.unread
+            self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             self.loss_sum, self.unread = loss_sum, 0
         self.bar.update(rows)
-        self.rows += rows
         elapsed = time.perf_counter() - self.began
-        if not self.warned and elapsed > 15:  # once, early, as soon as there is something to go by
-            self.warned = True
-            hours = (self.bar.total - self.bar.n) * elapsed / self.rows / 3600
-            if hours * 3600 > self.SLOW:
+        if self.began and elapsed > 15:  # once, as soon as there is something to go by
+            rate, self.began = self.rows / elapsed, 0
+            hours = (self.bar.total - self.bar.n) / rate / 3600 if self.rank == 0 else 0
+            if hours > 1:
                 print0(
-                    f"at {self.rows / elapsed:.1f} samples/s this takes about {hours:.1f} hours more; the quick way: "
-                    "--model packaged --max-train-samples 4000 --epochs 1, or --data sample"
+                    f"at {rate:.1f} samples/s this takes about {hours:.1f} hours more; the quick "
+                    "way: --model packaged --max-train-samples 4000 --epochs 1, or --data sample"
                 )
 
-    def close(self) -> None:
-        self.bar.close()
+
+def end_epoch(at: dict, train: tuple, val: tuple, model: nn.Module, patience: int | None) -> bool:
+    """Adds an epoch's (loss, accuracy) pairs to at["history"]; True when patience is at its end."""
+    seconds, rows = at["seconds"], at["rows"].get("train", 0)
+    spent = seconds.get("train", 0.0)
+    epoch = {
+        "epoch": at["epoch"] + 1,
+        "train_loss": train[0], "train_accuracy": train[1],
+        "val_loss": val[0], "val_accuracy": val[1],
+        "seconds": spent, "samples_per_second": rows / spent if spent else None,
+        **{f"{name}_seconds": seconds.get(name, 0.0) for name in ("warmup", "save", "eval")},
+    }  # fmt: skip
+    print0(
+        f"epoch {epoch['epoch']}: train loss {train[0]:.4f}, accuracy {train[1]:.4f}; validation "
+        f"loss {val[0]:.4f}, accuracy {val[1]:.4f}; {spent + epoch['warmup_seconds']:.1f} s"
+    )
+    at["history"].append(epoch)
+    at |= {"epoch": at["epoch"] + 1, "step": 0, "totals": [0.0, 0.0], "seconds": {}, "rows": {}}
+    if patience is None:
+        return False
+    losses = [epoch["val_loss"] for epoch in at["history"]]
+    since_best = len(losses) - 1 - losses.index(min(losses))
+    if since_best == 0:
+        at["best"] = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    return since_best >= patience
 
 
-# Checkpoints --------------------------------------------------------------------------------------
+# The run record
 
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    """Writes all of `state` or nothing: a crash or a full disk leaves the old file as it was."""
-    temporary = path.with_name(
-        f".{path.name}.{os.getpid()}.tmp"
-    )  # same folder: a rename across disks is a copy
+def host(device: torch.device) -> str:
+    """The machine in a few words: its GPU, or its processor and the cores this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes are on the disk before the name points at them
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # and so is the name
-        os.close(folder)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's zip writer reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = (
-            error.strerror
-            if isinstance(error, OSError)
-            else "the disk is full or cannot be written"
-        )
-        raise CheckpointError(
-            f"cannot save {path}: {reason}; what was there before is unchanged"
-        ) from None
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    able = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return f"{name}, {len(able)} cores"
 
 
-def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
-    """The dict that `save_checkpoint` wrote, on the CPU. Runs no code from the file (`weights_only`)."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint at {path}; train one first") from None
-    except Exception:  # truncated zip, foreign pickle, missing storage: torch raises many kinds
-        raise CheckpointError(
-            f"{path} is damaged or is no checkpoint of this project; delete it or train again"
-        ) from None
-    if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
-        what = (
-            f"lacks {', '.join(missing)}"
-            if isinstance(state, dict)
-            else f"holds a {type(state).__name__}"
-        )
-        raise CheckpointError(
-            f"{path} {what}: it is no checkpoint of this project; delete it or train again"
-        )
-    return state
-
-
-# The run record -----------------------------------------------------------------------------------
+def versions() -> dict[str, str]:
+    python, system = platform.python_version(), platform.system()
+    return {"python": python, "torch": torch.__version__, "os": system}
 
 
 def git_commit() -> str | None:
     """The checkout's commit, with -dirty where tracked files were changed; None outside git."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(
-            describe, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
 
 
-def host(device: torch.device) -> str:
-    """The machine in a few words: its GPU, or its processor and how many cores this process may use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "os": platform.system(),
-    }
-
-
 def peak_memory_mb(device: torch.device) -> float:
-    """On a GPU the most that tensors took, else the most that this process held resident; in MiB."""
+    """MiB: on a GPU the most that tensors took, else the most that this process held resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes there, KiB on Linux
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def start_record(args, device, backend, precision, world_size, micro_batch_size, grad_accum_steps,
-                 total_steps, model, model_source, data, labels) -> dict:  # fmt: skip
-    """The run record as far as it is known before the first step."""
-    launcher = (
-        ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-        if "LOCAL_RANK" in os.environ
-        else ["python"]
-    )
-    command = [*launcher, os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *sys.argv[1:]]
+def start_record(
+    args, device, backend, precision, micro_batch_size, grad_accum_steps, total_steps,
+    model, model_source, data, labels,
+) -> dict:  # fmt: skip
+    """The run record, as far as it is known before the first step."""
+    _, world_size = rank_info()
+    launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    command = launcher if "LOCAL_RANK" in os.environ else ["python"]
+    script = os.path.relpath(sys.argv[0], ROOT)
     return {
-        "script": Path(sys.argv[0]).stem, "command": shlex.join(command), "started": datetime.now().isoformat(),
-        "world_size": world_size, "backend": backend, "device": device.type, "precision": precision,
+        "script": Path(script).stem, "command": shlex.join([*command, script, *sys.argv[1:]]),
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "world_size": world_size, "backend": backend, "device": device.type,
+        "precision": precision, "threads": torch.get_num_threads(),
         "data": data.source, "data_fingerprint": data.fingerprint, "labels": list(labels),
         "model": model_source, "config": asdict(model.config),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_samples": len(data.train), "val_samples": len(data.val), "test_samples": len(data.test),
-        "max_length": args.max_length, "global_batch_size": args.global_batch_size,
-        "micro_batch_size": micro_batch_size, "grad_accum_steps": grad_accum_steps, "lr": args.lr,
-        "warmup": args.warmup, "total_steps": total_steps, "seed": args.seed,
-        "threads": torch.get_num_threads(), "git_commit": git_commit(), "versions": versions(), "host": host(device),
+        "train_samples": len(data.train), "val_samples": len(data.val),
+        "test_samples": len(data.test), "max_length": args.max_length,
+        "global_batch_size": args.global_batch_size, "micro_batch_size": micro_batch_size,
+        "grad_accum_steps": grad_accum_steps, "lr": args.lr, "warmup": args.warmup,
+        "total_steps": total_steps, "seed": args.seed,
+        "git_commit": git_commit(), "versions": versions(), "host": host(device),
     }  # fmt: skip
 
 
-def finish_record(
-    record: dict, at: dict, test_loss: float, test_accuracy: float, device, args
-) -> None:
-    """Adds what was measured and writes the record to runs/, and to --report if that is given."""
+def finish_record(record: dict, at: dict, loss: float, accuracy: float, device, args) -> None:
+    """Adds what was measured; writes the record to runs/ and --report, events to --tensorboard."""
+    test_seconds = at["seconds"].get("test", 0.0)
+    spent = [v for epoch in at["history"] for k, v in epoch.items() if k.endswith("seconds")]
     record |= {
-        "epochs": at["history"], "test_loss": test_loss, "test_accuracy": test_accuracy,
-        "total_seconds": sum(v for epoch in at["history"] for k, v in epoch.items() if k.endswith("seconds"))
-        + at["seconds"].get("test", 0.0),
-        "test_seconds": at["seconds"].get("test", 0.0), "peak_memory_mb": peak_memory_mb(device),
-        "resumed_from": at["resumed_from"],
+        "epochs": at["history"], "test_loss": loss, "test_accuracy": accuracy,
+        "test_seconds": test_seconds, "total_seconds": sum(spent) + test_seconds,
+        "peak_memory_mb": peak_memory_mb(device), "resumed_from": at["resumed_from"],
     }  # fmt: skip
-    print0(
-        f"test: loss {test_loss:.4f}, accuracy {test_accuracy:.4f} on {record['test_samples']:,} rows"
-    )
+    print0(f"test: loss {loss:.4f}, accuracy {accuracy:.4f} on {record['test_samples']:,} rows")
     own = Path("runs") / f"{record['script']}-{datetime.now():%Y%m%d-%H%M%S}.json"
-    for path in (own, args.report):
-        if path:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(record, indent=1) + "\n")
-            except OSError as error:
-                raise UsageError(f"cannot write the run record {path}: {error.strerror}") from None
+    for path in filter(None, (own, args.report)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+        except OSError as error:  # no reason to lose the model
+            print0(f"warning: cannot write the run record {path}: {error.strerror}")
     if args.tensorboard:
-        write_events(args.tensorboard, record)
+        from torch.utils.tensorboard import SummaryWriter
 
-
-def write_events(folder: Path, record: dict) -> None:
-    """The epochs of a run record as TensorBoard event files."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as events:
-        for epoch in record["epochs"]:
-            for name in (
-                "train_loss",
-                "train_accuracy",
-                "val_loss",
-                "val_accuracy",
-                "samples_per_second",
-            ):
-                if epoch[name] is not None:
+        with SummaryWriter(str(args.tensorboard)) as events:
+            for epoch in at["history"]:
+                for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
                     events.add_scalar(name, epoch[name], epoch["epoch"])
-        events.add_scalar("test_loss", record["test_loss"], len(record["epochs"]))
-        events.add_scalar("test_accuracy", record["test_accuracy"], len(record["epochs"]))
+            events.add_scalar("test_accuracy", accuracy, len(at["history"]))
+
+
+# Checkpoints
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Writes all of `state` or nothing: after a crash or on a full disk the old file is whole."""
+    # in the same folder, since a rename to another disk would be a copy
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # and so is the name
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or "the disk is full or refuses to be written"
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+        raise CheckpointError(f"cannot save {path}: {reason}; the old file is unchanged") from None
+
+
+def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
+    """What `save_checkpoint` wrote, on the CPU. Runs no code that the file may hold."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}; train one first") from None
+    except Exception:  # torch raises many kinds: truncated zip, foreign pickle, missing tensor
+        state = None
+    if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
+        what = f"lacks {', '.join(missing)}" if isinstance(state, dict) else "is damaged or foreign"
+        raise CheckpointError(f"{path} {what}; delete it or train again")
+    return state
 
 
 def save_model(path: Path, model: nn.Module, record: dict) -> None:
-    """The checkpoint that is served: weights, their shape, labels, how good they are, where they come from."""
+    """The checkpoint that is served: weights, their shape, labels, metrics and origin."""
     metrics = {key: record[key] for key in ("test_loss", "test_accuracy", "test_samples")}
     metrics |= {key: record["epochs"][-1][key] for key in ("val_loss", "val_accuracy")}
-    keys = ("data", "data_fingerprint", "model", "git_commit", "versions", "world_size", "seed", "precision", "lr",
-            "warmup", "global_batch_size", "total_steps", "train_samples", "host", "command")  # fmt: skip
-    save_checkpoint(
-        {"model": model.state_dict(), "config": record["config"], "labels": record["labels"],
-         "max_length": record["max_length"], "metrics": metrics,
-         "provenance": {key: record[key] for key in keys}}, path)  # fmt: skip
-
-
-# Going on after an interruption -------------------------------------------------------------------
-
-
-LAST_KEYS = ("model", "optimizer", "scaler", "at", "identity", "plan")
+    origin = ("data", "data_fingerprint", "model", "git_commit", "versions", "world_size", "seed",
+              "precision", "lr", "warmup", "global_batch_size", "total_steps", "train_samples",
+              "host", "command")  # fmt: skip
+    state = {"model": model.state_dict(), "metrics": metrics}
+    state |= {key: record[key] for key in ("config", "labels", "max_length")}
+    save_checkpoint(state | {"provenance": {key: record[key] for key in origin}}, path)
 
 
 def identity_and_plan(record: dict) -> tuple[dict, dict]:
-    """What must be equal for a run to go on at all, and what must be equal for it to go on in mid-epoch."""
-    identity = {
-        key: record[key]
-        for key in ("model", "config", "data", "data_fingerprint", "labels", "max_length")
-    }
-    return identity, {
-        key: record[key] for key in ("world_size", "global_batch_size", "micro_batch_size", "seed")
-    }
+    """What must be equal to go on with a run at all, and what to go on within its epoch."""
+    identity = ("model", "config", "data", "data_fingerprint", "labels", "max_length")
+    plan = ("world_size", "global_batch_size", "micro_batch_size", "seed")
+    return {key: record[key] for key in identity}, {key: record[key] for key in plan}
 
 
 def save_last(path: Path, at: dict, record: dict, model: nn.Module, optimizer, scaler) -> None:
+    """last.pt: all that the rest of the run depends on, and what it must find unchanged."""
     identity, plan = identity_and_plan(record)
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    save_checkpoint(state | {"at": at, "identity": identity, "plan": plan}, path)
-
-
-def resume(path: Path, choice: str, record: dict, model: nn.Module, optimizer, scaler) -> dict:
-    """Where the run stands: the beginning, or where `last.pt` of an unfinished run left it. A collective.
-
-    Rank 0 reads and sends to the others, which may have no such file: they may be on another host.
-    """
-    state = read_last(path, record) if choice == "auto" and rank_info()[0] == 0 else None
-    if dist.is_initialized():
-        box = [state]
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-        state = box[0]
-    if state is None:
-        return {"epoch": 0, "step": 0, "totals": [0.0, 0.0], "seconds": {}, "rows": {}, "history": [],
-                "best": None, "resumed_from": None}  # fmt: skip
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    if rank_info()[0] > 0:
-        state["at"]["totals"] = [0.0, 0.0]  # rank 0 goes on with the sums over all
-    return state["at"]
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"scaler": scaler.state_dict(), "at": at, "identity": identity, "plan": plan}
+    save_checkpoint(state, path)
 
 
 def read_last(path: Path, record: dict) -> dict | None:
-    """The state in `path` if it fits this run. With another world size, batch or seed its epoch begins again."""
+    """The state in last.pt, if there is one. A run on other data or of another model is refused.
+
+    With another world size, batch or seed an epoch's steps hold other rows: it begins again.
+    """
     if not path.exists():
         return None
-    state = load_checkpoint(path, LAST_KEYS)
+    state = load_checkpoint(path, ("model", "optimizer", "scaler", "at", "identity", "plan"))
     identity, plan = identity_and_plan(record)
+    for name, new in identity.items():
+        if (old := state["identity"].get(name)) != new:
+            raise CheckpointError(
+                f"{path} is of an unfinished run with another {name} ({old}; now {new}): finish "
+                "that run, or start anew with --resume never"
+            )
     at = state["at"]
-    for name, value in identity.items():
-        if state["identity"].get(name) != value:
-            raise CheckpointError(f"{path} is of an unfinished run with another {name} ({state['identity'].get(name)}; "
-                                  f"now {value}): finish that one, or start anew with --resume never")  # fmt: skip
     at["resumed_from"] = {"epoch": at["epoch"] + 1, "step": at["step"]}
-    print0(f"resuming from {path}: epoch {at['epoch'] + 1}, step {at['step']}")
-    changed = [
-        f"{key} {state['plan'].get(key)} -> {plan[key]}"
-        for key in plan
-        if state["plan"].get(key) != plan[key]
-    ]
+    print0(f"resuming from {path} at epoch {at['epoch'] + 1}, step {at['step']}")
+    old_plan = state["plan"]
+    changed = [f"{key} {old_plan[key]} -> {plan[key]}" for key in plan if old_plan[key] != plan[key]]
     if changed and at["step"]:
-        print0(f"{', '.join(changed)}: steps hold other rows now, so epoch {at['epoch'] + 1} begins again, with the "
-               "weights as they are")  # fmt: skip
+        print0(
+            f"{', '.join(changed)}: steps hold other rows now, so epoch {at['epoch'] + 1} begins "
+            "again, with the weights as they are"
+        )
         at |= {"step": 0, "totals": [0.0, 0.0], "seconds": {}, "rows": {}}
     return state
 
 
-def end_epoch(at: dict, train: tuple, val: tuple, model: nn.Module, patience: int | None) -> bool:
-    """Moves `at` to the next epoch and adds this one to its history. True when patience is at its end."""
-    seconds, rows = at["seconds"], at["rows"]
-    at["history"].append({
-        "epoch": at["epoch"] + 1, "train_loss": train[0], "train_accuracy": train[1], "val_loss": val[0],
-        "val_accuracy": val[1], "seconds": seconds.get("train", 0.0),
-        "samples_per_second": rows.get("train", 0) / seconds["train"] if seconds.get("train") else None,
-        "warmup_seconds": seconds.get("warmup", 0.0), "save_seconds": seconds.get("save", 0.0),
-        "eval_seconds": seconds.get("eval", 0.0)})  # fmt: skip
-    print0("epoch {epoch}: train loss {train_loss:.4f}, accuracy {train_accuracy:.4f}; validation loss {val_loss:.4f}, "
-           "accuracy {val_accuracy:.4f}; {seconds:.1f} s".format(**at["history"][-1]))  # fmt: skip
-    at |= {"epoch": at["epoch"] + 1, "step": 0, "totals": [0.0, 0.0], "seconds": {}, "rows": {}}
-    if patience is None:
-        return False
-    losses = [epoch["val_loss"] for epoch in at["history"]]
-    best = losses.index(min(losses))
-    if best == len(losses) - 1:
-        at["best"] = {
-            name: value.detach().cpu().clone() for name, value in model.state_dict().items()
-        }
-    return len(losses) - 1 - best >= patience
+def resume(path: Path, choice: str, record: dict, model: nn.Module, optimizer, scaler) -> dict:
+    """Where the run stands: at its beginning, or where last.pt left it. Every rank calls it.
 
-
-def explain_not_finite(at: dict, precision: str, path: Path) -> str:
-    cause = (
-        "fp16 overflow, or too high a learning rate"
-        if precision == "fp16"
-        else "too high a learning rate"
-    )
-    kept = f"{path} still holds the last good state" if path.exists() else "nothing was saved yet"
-    return (f"the loss is not a finite number at epoch {at['epoch'] + 1}, step {at['step']}; likely cause: {cause} "
-            f"(--lr); {kept}")  # fmt: skip
-
-
-def check_flags(args, world_size: int = 1) -> tuple[int, int]:
-    """Refuses values that make no sense; returns (micro_batch_size, grad_accum_steps)."""
-    for name in (
-        "epochs",
-        "save_every",
-        "max_steps",
-        "max_train_samples",
-        "max_eval_samples",
-        "patience",
-    ):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    if not 8 <= args.max_length <= 512:
-        raise UsageError(f"--max-length {args.max_length}: expected 8 to 512")
-    if args.lr is not None and not (math.isfinite(args.lr) and args.lr > 0):
-        raise UsageError(f"--lr {args.lr}: expected a number above 0")
-    if not 0 <= args.warmup <= 1:
-        raise UsageError(f"--warmup {args.warmup}: expected a part of all steps, 0 to 1")
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UsageError("--tensorboard needs the tensorboard package: pip install tensorboard")
-    if args.seed < 0:
-        raise UsageError(f"--seed {args.seed}: expected 0 or more")
-    return accumulation(args.global_batch_size, args.micro_batch_size, world_size)
-
-
-def accumulation(
-    global_batch_size: int, micro_batch_size: int | None, world_size: int
-) -> tuple[int, int]:
-    """(micro_batch_size, grad_accum_steps) with global = micro x world_size x accumulation, or a UsageError."""
-    unit = (micro_batch_size or 1) * world_size
-    if min(global_batch_size, unit) < 1:
-        raise UsageError("--global-batch-size and --micro-batch-size must be at least 1")
-    if global_batch_size % unit:
-        below = global_batch_size // unit * unit
-        nearest = below if below and global_batch_size - below <= unit / 2 else below + unit
-        what = (
-            f"{micro_batch_size} rows x {world_size} processes"
-            if micro_batch_size
-            else f"{world_size} processes"
-        )
-        raise UsageError(
-            f"--global-batch-size {global_batch_size} is not divisible by {unit} ({what}); "
-            f"the nearest that is: {nearest}"
-        )
-    micro_batch_size = micro_batch_size or global_batch_size // world_size
-    return micro_batch_size, global_batch_size // (micro_batch_size * world_size)
+    Rank 0 reads and sends to the others, which may be on a host without the file.
+    """
+    rank, _ = rank_info()
+    box = [read_last(path, record) if choice == "auto" and rank == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[0] is None:
+        at = {"epoch": 0, "step": 0, "totals": [0.0, 0.0], "history": [], "best": None}
+        return at | {"seconds": {}, "rows": {}, "resumed_from": None}
+    model.load_state_dict(box[0]["model"])
+    optimizer.load_state_dict(box[0]["optimizer"])
+    scaler.load_state_dict(box[0]["scaler"])
+    at = box[0]["at"]
+    if rank > 0:
+        at["totals"] = [0.0, 0.0]  # rank 0 holds the sums over all
+    return at

@@ -1,0 +1,67 @@
+"""The same fine-tuning by transformers' Trainer, for comparison; prints the samples/s of its steps.
+
+python -m benchmarks.trainer_baseline BACKBONE DATA ROWS            its defaults, batch 32
+python -m benchmarks.trainer_baseline BACKBONE DATA ROWS --best     its fastest flags on this machine
+"""
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from training.dataset import prepare_data
+from training.model import load_backbone
+from training.utils import choose_precision
+
+
+class Clock(TrainerCallback):
+    def on_train_begin(self, *args, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self.began
+
+
+def main() -> None:
+    backbone, source, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    flags = {}
+    if "--best" in sys.argv:
+        bf16 = choose_precision("auto", device)[0] == "bf16"  # emulated bf16 would make it slower
+        flags = {"bf16": bf16, "train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"}
+    data = prepare_data(source, backbone, 128, rows, 8)
+    config = DistilBertConfig.from_pretrained(backbone, num_labels=4)
+    model = DistilBertForSequenceClassification(config)
+    model.load_state_dict(load_backbone(backbone).state_dict())
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                folder, num_train_epochs=1, per_device_train_batch_size=32, report_to=[],
+                save_strategy="no", logging_strategy="no", disable_tqdm=True, **flags,
+            ),  # fmt: skip
+            DataCollatorWithPadding(AutoTokenizer.from_pretrained(backbone)),
+            [{"input_ids": ids.tolist(), "labels": label} for ids, label in map(data.train.__getitem__, range(rows))],
+            callbacks=[clock],
+        )
+        trainer.train()
+    print(json.dumps({"samples_per_second": rows / clock.seconds, "flags": flags}))
+
+
+if __name__ == "__main__":
+    main()

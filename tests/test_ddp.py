@@ -1,0 +1,194 @@
+"""What DDP promises, on real processes over gloo: pytest tests/test_ddp.py"""
+
+import json
+
+import dataset
+import pytest
+import torch
+from model import Config, NewsClassifier, load_backbone
+from ranks import ROOT, environment, observe, start_ranks
+from torch.nn import functional as F
+
+from inference.model_loader import Classifier
+
+
+def flags(backbone, news, folder, *more):
+    common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--precision", "fp32"]
+    return [*common, "--max-eval-samples", "20", *map(str, more)]
+
+
+def relative_error(grads, expected):
+    difference = sum((g - e).double().square().sum() for g, e in zip(grads, expected, strict=True))
+    return float((difference / sum(e.double().square().sum() for e in expected)).sqrt())
+
+
+def whole_batch_gradient(backbone, news, rows, seed=0):
+    """The gradient of the mean loss over `rows` rows in one batch, by transformers' own model."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    data = dataset.prepare_data(str(news), backbone, 128, rows, 20)
+    torch.manual_seed(seed)
+    ours = load_backbone(backbone)
+    config = DistilBertConfig.from_pretrained(backbone, num_labels=4)
+    model = DistilBertForSequenceClassification(config)
+    model.load_state_dict(ours.state_dict())
+    model.train()  # the backbone's dropouts are 0
+    input_ids, mask, labels = dataset.collate([data.train[i] for i in range(rows)])
+    F.cross_entropy(model(input_ids, mask).logits, labels).backward()
+    gradients = dict(model.named_parameters())
+    gradients = [gradients[name].grad for name, _ in ours.named_parameters()]
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert norm > 0
+    return gradients
+
+
+# One step holds all training rows, so every split of it is the same batch. 22 rows of 24: the step
+# is not full, and shares are uneven: 11 + 11, or 8 + 7 + 7.
+@pytest.mark.parametrize(
+    "world_size, rows, micro",
+    [(0, 24, 24), (2, 24, 12), (2, 24, 6), (2, 22, 6), (3, 24, 8), (3, 22, 8), (3, 22, 4)],
+)
+def test_gradients_equal_those_of_one_process_on_the_whole_batch(
+    calm_backbone, news_folder, tmp_path, world_size, rows, micro
+):
+    ranks = observe(
+        world_size,
+        flags(calm_backbone, news_folder, tmp_path / "c", "--max-train-samples", rows, "--epochs", 1,
+              "--global-batch-size", 24, "--micro-batch-size", micro),
+        tmp_path,
+    )  # fmt: skip
+    expected = whole_batch_gradient(calm_backbone, news_folder, rows)
+    for rank in ranks:
+        assert relative_error(rank.seen["grads"][0], expected) < 1e-6
+
+
+def test_accumulation_all_reduces_once_a_step(tiny_backbone, news_folder, tmp_path):
+    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--epochs", 1, "--max-steps", 3)
+    (whole, _), (parts, _) = (
+        observe(2, [*run, "--global-batch-size", "24", "--micro-batch-size", micro], tmp_path)
+        for micro in ("12", "3")
+    )
+    assert len(parts.seen["buckets"]) == 3
+    assert parts.seen["buckets"] == whole.seen["buckets"]  # not four times as many
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_backbone, news_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    run = flags(tiny_backbone, news_folder, folder / "c", "--epochs", 2, "--global-batch-size", 8)
+    return observe(2, run, folder), folder
+
+
+def test_ranks_end_with_the_same_bits(two_ranks):
+    (zero, one), _ = two_ranks
+    for mine, other in zip(zero.seen["weights"], one.seen["weights"], strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_ranks_see_disjoint_rows_whose_union_is_the_epoch(two_ranks, tiny_backbone, news_folder):
+    (zero, one), _ = two_ranks
+    n = len(dataset.prepare_data(str(news_folder), tiny_backbone, 128, None, None).train)
+    for epoch in range(2):
+        shares = [{i for rows in r.seen["rows"][epoch] for i in rows if i >= 0} for r in (zero, one)]
+        assert shares[0].isdisjoint(shares[1])
+        assert shares[0] | shares[1] == set(range(n))
+
+
+def test_the_order_differs_between_epochs(two_ranks):
+    (zero, _), _ = two_ranks
+    assert zero.seen["rows"][0] != zero.seen["rows"][1]
+
+
+def test_without_set_epoch_every_epoch_has_the_same_order(tiny_backbone, news_folder, tmp_path):
+    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--epochs", 2, "--global-batch-size", 8)
+    zero, _ = observe(2, run, tmp_path, NO_SET_EPOCH="1")
+    assert zero.seen["rows"][0] == zero.seen["rows"][1]
+
+
+def test_ranks_drop_different_units(calm_backbone, tiny_backbone, news_folder, tmp_path):
+    # one row twice, so that both ranks hold the same row: with equal masks both would have computed
+    # the same gradient, and the mean over ranks would equal the gradient of rank 0 alone
+    masks = []
+    import utils
+
+    for rank in (0, 1):
+        utils.seed_step(0, 0, 0, rank)
+        masks.append(torch.rand(100))
+    assert not torch.equal(*masks)
+    utils.seed_step(0, 0, 0, 1)
+    assert torch.equal(torch.rand(100), masks[1])
+
+
+def test_only_rank_0_prints_and_writes(two_ranks):
+    (zero, one), folder = two_ranks
+    assert "epoch 2" in zero.stdout and "samples/s" in zero.stderr
+    assert (one.stdout, one.stderr) == ("", "")
+    assert {path.name for path in (folder / "c").iterdir()} == {"distilbert_agnews.pt", "tokenizer"}
+    assert len(list((folder / "runs").iterdir())) == 1
+
+
+def test_the_checkpoint_reads_back_without_a_process_group(two_ranks):
+    (zero, _), folder = two_ranks
+    loaded = Classifier(folder / "c")
+    assert not [name for name in loaded.checkpoint["model"] if name.startswith("module.")]
+    trained = NewsClassifier(Config(**loaded.checkpoint["config"])).eval()
+    for parameter, weight in zip(trained.parameters(), zero.seen["weights"], strict=True):
+        parameter.data = weight
+    ids = torch.randint(5, 50, (3, 9))
+    assert torch.equal(loaded.model(ids, torch.ones_like(ids)), trained(ids, torch.ones_like(ids)))
+
+
+def test_the_run_record_tells_what_ran(two_ranks):
+    _, folder = two_ranks
+    record = json.loads(next((folder / "runs").iterdir()).read_text())
+    assert (record["script"], record["world_size"], record["backend"]) == ("train_ddp", 2, "gloo")
+    assert record["global_batch_size"] == 8 and record["micro_batch_size"] == 4
+    assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2]
+    assert record["epochs"][0]["seconds"] > 0 and record["test_samples"] == 20
+
+
+def test_the_loss_decreases_over_epochs(two_ranks):
+    _, folder = two_ranks
+    record = json.loads(next((folder / "runs").iterdir()).read_text())
+    assert record["epochs"][1]["train_loss"] < record["epochs"][0]["train_loss"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_is_exact_at_any_world_size(
+    tiny_backbone, news_folder, tmp_path, world_size
+):
+    # 53 test rows: neither 2, 3 nor 7 divides them
+    worker = ROOT / "tests" / "evaluate_rank.py"
+    processes = start_ranks(world_size, [worker, tiny_backbone, news_folder], tmp_path)
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), answers
+    answers = [json.loads(out) for out, _ in answers]
+    data = dataset.prepare_data(str(news_folder), tiny_backbone, 128, None, None)
+    torch.manual_seed(0)
+    model = load_backbone(tiny_backbone).eval()
+    correct = 0
+    for i in range(len(data.test)):  # one by one: no batches, no ranks
+        input_ids, mask, labels = dataset.collate([data.test[i]])
+        correct += int(model(input_ids, mask).argmax() == labels)
+    assert len(data.test) == 53
+    for answer in answers:
+        assert round(answer["accuracy"] * 53, 6) == correct
+
+
+def test_gradient_compression_changes_little(calm_backbone, news_folder, tmp_path):
+    import subprocess
+    import sys
+
+    losses = []
+    for kind in ("none", "bf16", "fp16"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc-per-node", "2", ROOT / "training" / "train_ddp.py",
+                   *flags(calm_backbone, news_folder, tmp_path / kind, "--epochs", 1,
+                          "--max-steps", 4, "--grad-compression", kind)]  # fmt: skip
+        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment(tmp_path / "hf"),
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        state = torch.load(tmp_path / kind / "distilbert_agnews.pt")["model"]
+        losses.append(torch.cat([value.flatten() for value in state.values()]))
+    for other in losses[1:]:
+        assert 0 < (losses[0] - other).norm() / losses[0].norm() < 0.01
