@@ -1,7 +1,7 @@
 """The same fine-tuning by transformers' Trainer, for comparison; prints the samples/s of its steps.
 
-python -m benchmarks.trainer_baseline BACKBONE DATA ROWS            its defaults, batch 32
-python -m benchmarks.trainer_baseline BACKBONE DATA ROWS --best     its fastest flags on this machine
+python -m benchmarks.trainer_baseline BACKBONE DATA ROWS           its defaults, batch 32
+python -m benchmarks.trainer_baseline BACKBONE DATA ROWS --best    its fastest flags for this host
 """
 
 import json
@@ -38,28 +38,25 @@ class Clock(TrainerCallback):
 
 def main() -> None:
     backbone, source, rows = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     flags = {}
     if "--best" in sys.argv:
-        bf16 = choose_precision("auto", device)[0] == "bf16"  # emulated bf16 would make it slower
-        flags = {"bf16": bf16, "train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"}
-    data = prepare_data(source, backbone, 128, rows, 8)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision, _ = choose_precision("auto", device)  # bf16 that is emulated would be slower
+        flags = {precision: True} if precision != "fp32" else {}
+        flags |= {"train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"}
+    news = prepare_data(source, backbone, 128, rows, 8).train
+    dataset = [{"input_ids": news[i][0].tolist(), "labels": news[i][1]} for i in range(rows)]
     config = DistilBertConfig.from_pretrained(backbone, num_labels=4)
     model = DistilBertForSequenceClassification(config)
     model.load_state_dict(load_backbone(backbone).state_dict())
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model,
-            TrainingArguments(
-                folder, num_train_epochs=1, per_device_train_batch_size=32, report_to=[],
-                save_strategy="no", logging_strategy="no", disable_tqdm=True, **flags,
-            ),  # fmt: skip
-            DataCollatorWithPadding(AutoTokenizer.from_pretrained(backbone)),
-            [{"input_ids": ids.tolist(), "labels": label} for ids, label in map(data.train.__getitem__, range(rows))],
-            callbacks=[clock],
-        )
-        trainer.train()
+        args = TrainingArguments(
+            folder, num_train_epochs=1, per_device_train_batch_size=32, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, **flags,
+        )  # fmt: skip
+        collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(backbone))
+        Trainer(model, args, collator, dataset, callbacks=[clock]).train()
     print(json.dumps({"samples_per_second": rows / clock.seconds, "flags": flags}))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 import utils
 from dataset import eval_loader, prepare_data
 from model import load_backbone

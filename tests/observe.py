@@ -11,13 +11,14 @@ import signal
 import sys
 from pathlib import Path
 
-import dataset
 import torch
 import torch.distributed as dist
-import utils
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DistributedSampler
+
+import dataset
+import utils
 
 seen = {"grads": [], "rows": [], "buckets": []}
 parameters = []

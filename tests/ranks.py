@@ -1,21 +1,24 @@
-"""Runs the training scripts as several real processes on gloo, as torchrun would, and collects what each saw."""
+"""Runs the training scripts as real processes on gloo, as torchrun would."""
 
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
+CACHE = tempfile.TemporaryDirectory()  # tokens of the tests' few texts, made once for all of them
 
 
-def environment(cache: Path, **extra: str) -> dict[str, str]:
+def environment(**extra: str) -> dict[str, str]:
     """The tests' own: no Hub, no data of the machine's, one thread a process."""
     env = {k: v for k, v in os.environ.items() if k not in ("AG_NEWS_DIR", "RANK", "WORLD_SIZE")}
     paths = os.pathsep.join([str(ROOT / "training"), str(ROOT)])
-    env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": CACHE.name, "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return env | {"PYTHONPATH": paths} | extra
 
 
@@ -33,7 +36,7 @@ def start_ranks(world_size: int, argv: list, cwd: Path, **extra: str) -> list[su
         subprocess.Popen(
             [sys.executable, *map(str, argv)],
             cwd=cwd,
-            env=environment(cwd / "hf", RANK=str(rank), LOCAL_RANK=str(rank), **meet, **extra),
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **meet, **extra),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -60,7 +63,7 @@ def observe(world_size: int, flags: list, cwd: Path, status: int = 0, **extra: s
     if world_size:
         processes = start_ranks(world_size, argv, cwd, **extra)
     else:
-        env = environment(cwd / "hf", **extra)
+        env = environment(**extra)
         command = [sys.executable, *map(str, argv)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes = [subprocess.Popen(command, cwd=cwd, env=env, **pipes)]

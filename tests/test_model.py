@@ -1,12 +1,16 @@
 """The model against transformers' own: pytest tests/test_model.py"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+
 from model import PACKAGED_MODULE, Config, Dropout, NewsClassifier, load_backbone, packaged_backbone
 
-TINY = Config(vocab_size=100, max_position_embeddings=40, dim=32, n_layers=3, n_heads=4, hidden_dim=64)
+TINY = Config(
+    vocab_size=100, max_position_embeddings=40, dim=32, n_layers=3, n_heads=4, hidden_dim=64
+)
 
 
 @pytest.fixture
@@ -62,8 +66,7 @@ def test_computing_only_the_first_token_of_the_last_layer_changes_no_gradient(ba
 
 def test_training_and_inference_attention_are_the_same_function(batch):
     torch.manual_seed(0)
-    config = Config(**{**TINY.__dict__, "dropout": 0, "attention_dropout": 0, "seq_classif_dropout": 0})
-    ours = NewsClassifier(config)
+    ours = NewsClassifier(replace(TINY, dropout=0, attention_dropout=0, seq_classif_dropout=0))
     torch.testing.assert_close(ours.train()(*batch), ours.eval()(*batch), atol=1e-6, rtol=1e-5)
 
 
@@ -102,7 +105,8 @@ def test_the_packaged_backbone_equals_bert_on_unpadded_positions():
     config = BertConfig(**json.loads((folder / "config.json").read_text()))
     bert = BertModel(config, add_pooling_layer=False).eval()
     weights = load_file(folder / "model.safetensors")
-    bert.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pooler")}, strict=False)
+    weights = {name: value for name, value in weights.items() if not name.startswith("pooler")}
+    bert.load_state_dict(weights, strict=False)
     ours = load_backbone(folder).eval()
     torch.manual_seed(0)
     input_ids = torch.randint(1000, 30000, (3, 20))

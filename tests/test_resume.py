@@ -101,7 +101,7 @@ def test_a_signal_to_run_ddp_sh_saves_says_how_to_go_on_and_exits_with_128_plus_
     command = ["bash", ROOT / "training" / "run_ddp.sh", *run]
     with open(tmp_path / "out", "w") as out:
         process = subprocess.Popen(
-            [*map(str, command)], cwd=tmp_path, env=environment(tmp_path / "hf", NPROC_PER_NODE="2"),
+            [*map(str, command)], cwd=tmp_path, env=environment(NPROC_PER_NODE="2"),
             stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
         until = time.monotonic() + 90

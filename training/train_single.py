@@ -100,7 +100,7 @@ def main() -> None:
         raw_model, model_source, data, LABELS,
     )  # fmt: skip
     print0(f"model: {model_source} ({model_why}), {record['parameters']:,} parameters")
-    print0(f"data: {data.source} ({data.why}), {len(data.train):,} rows to train on")
+    print0(f"data: {data.source} ({data.why}), {len(data.train):,} training rows{data.note}")
     print0(f"device: {world_size} x {device.type}, {precision} ({precision_why}), {backend}")
     print0(f"batch: {args.global_batch_size} rows = {micro_batch_size} per forward x {world_size} "
            f"processes x {grad_accum_steps} accumulated; {total_steps:,} steps, lr {args.lr:g}")

@@ -273,11 +273,20 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 
 
 def compress_gradients(model, kind: str) -> None:
-    """Has DDP all-reduce gradients in 16 bits: half the bytes, 11 or 8 significant bits."""
-    if kind != "none":
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    """Has DDP all-reduce 16-bit copies of its gradient buckets: half the bytes, and rounded.
 
-        model.register_comm_hook(None, getattr(default_hooks, f"{kind}_compress_hook"))
+    torch's own bf16 hook does the same, but is refused on gloo.
+    """
+    if kind == "none":
+        return
+    dtype, (_, world_size) = {"fp16": torch.float16, "bf16": torch.bfloat16}[kind], rank_info()
+
+    def hook(state, bucket):
+        halved = bucket.buffer().to(dtype).div_(world_size)  # before the sum, which could overflow
+        done = dist.all_reduce(halved, async_op=True).get_future()
+        return done.then(lambda future: bucket.buffer().copy_(future.value()[0]))
+
+    model.register_comm_hook(None, hook)
 
 
 def is_bad(loss_sum: float | None) -> bool:
@@ -431,7 +440,7 @@ def host(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     python, system = platform.python_version(), platform.system()
-    return {"python": python, "torch": torch.__version__, "os": system}
+    return {"python": python, "torch": str(torch.__version__), "os": system}
 
 
 def git_commit() -> str | None:
@@ -559,7 +568,7 @@ def save_model(path: Path, model: nn.Module, record: dict) -> None:
 
 def identity_and_plan(record: dict) -> tuple[dict, dict]:
     """What must be equal to go on with a run at all, and what to go on within its epoch."""
-    identity = ("model", "config", "data", "data_fingerprint", "labels", "max_length")
+    identity = ("model", "config", "labels", "max_length", "data_fingerprint")
     plan = ("world_size", "global_batch_size", "micro_batch_size", "seed")
     return {key: record[key] for key in identity}, {key: record[key] for key in plan}
 
@@ -584,14 +593,14 @@ def read_last(path: Path, record: dict) -> dict | None:
     for name, new in identity.items():
         if (old := state["identity"].get(name)) != new:
             raise CheckpointError(
-                f"{path} is of an unfinished run with another {name} ({old}; now {new}): finish "
-                "that run, or start anew with --resume never"
+                f"{path} is of an unfinished run with another {name.replace('_', ' ')} ({old}; now "
+                f"{new}): finish that run, or start anew with --resume never"
             )
     at = state["at"]
     at["resumed_from"] = {"epoch": at["epoch"] + 1, "step": at["step"]}
     print0(f"resuming from {path} at epoch {at['epoch'] + 1}, step {at['step']}")
     old_plan = state["plan"]
-    changed = [f"{key} {old_plan[key]} -> {plan[key]}" for key in plan if old_plan[key] != plan[key]]
+    changed = [f"{k} {old_plan[k]} -> {new}" for k, new in plan.items() if old_plan[k] != new]
     if changed and at["step"]:
         print0(
             f"{', '.join(changed)}: steps hold other rows now, so epoch {at['epoch'] + 1} begins "
