@@ -47,7 +47,8 @@ def news_folder(tmp_path_factory):
 
     def text(label):
         own = list(WORDS.values())[label].split()
-        return " ".join(rng.choice(own if rng.random() < 0.3 else COMMON) for _ in range(rng.randint(5, 40)))
+        words = (rng.choice(own if rng.random() < 0.3 else COMMON) for _ in range(40))
+        return " ".join(list(words)[: rng.randint(5, 40)])
 
     with open(folder / "train.csv", "w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *((text(i % 4), i % 4) for i in range(120))])

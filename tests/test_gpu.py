@@ -31,7 +31,9 @@ def train(folder, backbone, news, *flags, processes=0):
 
 @pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "auto"])
-def test_the_loss_falls_in_every_precision(tiny_backbone, news_folder, tmp_path, precision, processes):
+def test_the_loss_falls_in_every_precision(
+    tiny_backbone, news_folder, tmp_path, precision, processes
+):
     flags = ("--precision", precision, "--epochs", 3)
     done, record = train(tmp_path, tiny_backbone, news_folder, *flags, processes=processes)
     assert done.returncode == 0, done.stderr

@@ -253,8 +253,8 @@ def cached_tokens(texts: list[str], folder: Path, max_length: int) -> tuple[np.n
                 try:
                     with np.load(path) as kept:
                         return kept["ids"], kept["ends"]
-                except (OSError, ValueError, KeyError, EOFError):
-                    pass  # a damaged file is written again
+                except Exception:  # damaged, in one of many ways: written again
+                    pass
             ids, ends = tokenize(texts, folder, max_length)
             with open(path.with_suffix(".tmp"), "wb") as file:
                 np.savez(file, ids=ids, ends=ends)

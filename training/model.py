@@ -232,14 +232,12 @@ def read_config(shape: dict) -> Config:
 
 def load_backbone(folder: Path) -> NewsClassifier:
     """A classifier with the folder's pretrained encoder and a new head."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} has no {name}; a backbone needs it, and a tokenizer.json")
     try:
         model = NewsClassifier(read_config(json.loads((folder / "config.json").read_text())))
         weights = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{folder} has no {Path(error.filename).name}; a backbone folder needs config.json, "
-            "model.safetensors and tokenizer.json"
-        ) from None
     except Exception as error:  # json, safetensors and shape errors: each says what it found
         raise ModelError(
             f"{folder} does not hold a usable backbone: {str(error).splitlines()[0]}"

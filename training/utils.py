@@ -83,18 +83,22 @@ def reduce_max(value: int) -> int:
 def one_line_errors(*kinds: type[Exception]):
     """Turns errors that a user can cause into one line and status 1; others keep their traceback.
 
-    Most of them strike all ranks alike. Rank 0 speaks, the others wait for torchrun to end them;
-    if it does not, the error was theirs alone and they speak too.
+    Most strike all ranks alike, or strike one and then the others, whose collectives fail. So rank
+    0 speaks at once, and the others wait for torchrun to end them: if it does not, the error was
+    theirs alone, and they speak too.
     """
     try:
         yield
-    except kinds as error:
+    except Exception as error:
         if rank_info()[0] > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f"\nerror: {error}" if sys.stderr.isatty() else f"error: {error}", file=sys.stderr)
+        if not isinstance(error, kinds):
+            raise
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # an orderly exit can wait for ranks that are gone
+        with tqdm.external_write_mode():  # takes the progress bar away, and it stays away
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # an orderly exit can wait for ranks that are gone
 
 
 class StopSignal:
@@ -537,7 +541,8 @@ def save_checkpoint(state: dict, path: Path) -> None:
             temporary.unlink(missing_ok=True)
         except OSError:
             pass
-        raise CheckpointError(f"cannot save {path}: {reason}; the old file is unchanged") from None
+        what = f"cannot save {path}: {reason}; what was there is unchanged"
+        raise CheckpointError(what) from None
 
 
 def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
