@@ -43,6 +43,7 @@ def one_line(caught):
         (["--max-length", "4"], "8 to 512"),
         (["--lr", "nan"], "above 0"),
         (["--warmup", "2"], "0 to 1"),
+        (["--dropout", "1"], "below 1"),
         (["--seed", "-1"], "0 or more"),
         (["--precision", "fp16"], "needs a GPU"),
     ],

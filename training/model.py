@@ -8,7 +8,7 @@ Paper: https://arxiv.org/abs/1910.01108
 import hashlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -230,13 +230,16 @@ def read_config(shape: dict) -> Config:
     raise ModelError(f"model_type is {shape.get('model_type')!r}; expected 'distilbert' or 'bert'")
 
 
-def load_backbone(folder: Path) -> NewsClassifier:
+def load_backbone(folder: Path, dropout: float | None = None) -> NewsClassifier:
     """A classifier with the folder's pretrained encoder and a new head."""
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no {name}; a backbone needs it, and a tokenizer.json")
     try:
-        model = NewsClassifier(read_config(json.loads((folder / "config.json").read_text())))
+        config = read_config(json.loads((folder / "config.json").read_text()))
+        if dropout is not None:
+            config = replace(config, dropout=dropout, attention_dropout=dropout)
+        model = NewsClassifier(config)
         weights = load_file(folder / "model.safetensors")
     except Exception as error:  # json, safetensors and shape errors: each says what it found
         raise ModelError(

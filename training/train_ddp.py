@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, help="peak learning rate (default: 5e-5; 2e-4 for a backbone narrower "
         "than 768)")
     add("--warmup", type=float, default=0.1, help="part of all steps in which the lr rises")
+    add("--dropout", type=float, help="in the encoder (default: the backbone's own, 0.1)")
     add("--patience", type=int, help="end after this many epochs without a lower validation loss, "
         "and keep the best epoch's weights (default: off)")
     add("--seed", type=int, default=0)
@@ -99,7 +100,7 @@ def main() -> None:
     master_process = rank == 0  # not the local rank: there is a local rank 0 on every host
 
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
-    raw_model = load_backbone(folder).to(device)
+    raw_model = load_backbone(folder, args.dropout).to(device)
     args.lr = args.lr or (5e-5 if raw_model.config.dim >= 768 else 2e-4)
     optimizer = utils.make_optimizer(raw_model, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

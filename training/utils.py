@@ -223,6 +223,8 @@ def check_flags(args, world_size: int) -> tuple[int, int]:
         raise UsageError(f"--lr {args.lr}: expected a number above 0")
     if not 0 <= args.warmup <= 1:
         raise UsageError(f"--warmup {args.warmup}: expected a part of all steps, 0 to 1")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise UsageError(f"--dropout {args.dropout}: expected 0 or more and below 1")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed}: expected 0 or more")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
