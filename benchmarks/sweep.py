@@ -1,0 +1,78 @@
+"""Finds the recipe on the validation split: python -m benchmarks.sweep [--rows 8000]
+
+One flag after the other: tries its values with the others held, keeps the one with the highest
+validation accuracy. Needs AG_NEWS_DIR and the packaged backbone; writes results/sweep.json.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from training import utils
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+START = {"lr": 2e-4, "global-batch-size": 32, "epochs": 1, "dropout": 0.1, "warmup": 0.1}
+TRIED = {
+    "lr": [1e-4, 2e-4, 4e-4],
+    "global-batch-size": [16, 32, 64],
+    "epochs": [1, 2, 3],
+    "dropout": [0.0, 0.1],
+    "warmup": [0.05, 0.1, 0.2],
+}
+
+
+def train(recipe: dict, rows: int) -> dict:
+    """The real script with this recipe; its validation figures after the last epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, ROOT / "training" / "train_single.py", "--model", "packaged",
+                   "--max-train-samples", rows, "--checkpoint-dir", folder,
+                   "--report", report]  # fmt: skip
+        for flag, value in recipe.items():
+            command += [f"--{flag}", value]
+        subprocess.run([*map(str, command)], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        record = json.loads(report.read_text())
+    last = record["epochs"][-1]
+    figures = {"val_accuracy": last["val_accuracy"], "val_loss": last["val_loss"]}
+    return figures | {"val_samples": record["val_samples"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=8000)
+    args = parser.parse_args()
+    if not os.environ.get("AG_NEWS_DIR"):
+        sys.exit("error: set AG_NEWS_DIR to a folder with AG News; a sweep on less says little")
+    os.environ["AG_NEWS_DIR"] = str(Path(os.environ["AG_NEWS_DIR"]).resolve())
+    best, runs = dict(START), []
+    for flag, values in TRIED.items():
+        for value in values:
+            recipe = best | {flag: value}
+            if not any(run["recipe"] == recipe for run in runs):
+                runs.append({"recipe": recipe} | train(recipe, args.rows))
+                print(f"{recipe} -> {runs[-1]['val_accuracy']:.4f}", flush=True)
+        best = max(runs, key=lambda run: run["val_accuracy"])["recipe"]
+    record = {
+        "script": "sweep", "command": shlex.join(["python", "-m", "benchmarks.sweep",
+                                                  *sys.argv[1:]]),
+        "model": "packaged", "train_samples": args.rows, "best": best, "runs": runs,
+        "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
+        "git_commit": utils.git_commit(),
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
+    print("best:", best)
+
+
+if __name__ == "__main__":
+    main()

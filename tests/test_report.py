@@ -1,0 +1,17 @@
+"""Measured figures in the pages come out of the records: pytest tests/test_report.py"""
+
+import pytest
+
+from benchmarks import report
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: str(page.relative_to(report.ROOT)))
+def test_the_page_is_what_the_records_say(page):
+    text = page.read_text()
+    assert "<!-- records: " in text
+    assert report.fill(text) == text
+
+
+def test_a_figure_that_was_typed_in_is_noticed():
+    text = "<!-- records: sample -->\n0.99\n<!-- end -->"
+    assert report.fill(text) != text
