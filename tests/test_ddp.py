@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from ranks import ROOT, environment, observe, start_ranks
+from ranks import ROOT, environment, observe, run_ranks
 from torch.nn import functional as F
 
 import dataset
@@ -154,10 +154,9 @@ def test_evaluation_is_exact_at_any_world_size(
 ):
     # 53 test rows: neither 2, 3 nor 7 divides them
     worker = ROOT / "tests" / "evaluate_rank.py"
-    processes = start_ranks(world_size, [worker, tiny_backbone, news_folder], tmp_path)
-    answers = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), answers
-    answers = [json.loads(out) for out, _ in answers]
+    ranks = run_ranks(world_size, [worker, tiny_backbone, news_folder], tmp_path)
+    assert all(rank.status == 0 for rank in ranks), [rank.stderr for rank in ranks]
+    answers = [json.loads(rank.stdout) for rank in ranks]
     data = dataset.prepare_data(str(news_folder), tiny_backbone, 128, None, None)
     torch.manual_seed(0)
     model = load_backbone(tiny_backbone).eval()

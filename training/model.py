@@ -134,13 +134,9 @@ class DistilBert(nn.Module):
         layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.transformer = nn.ModuleDict({"layer": layers})
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, first_only: bool = False
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, first_only=False) -> Tensor:
         """(batch, tokens) twice -> (batch, tokens, dim); (batch, 1, dim) with `first_only`."""
-        mask = attention_mask[
-            :, None, None, :
-        ].bool()  # over heads and queries: padding is never attended to
+        mask = attention_mask[:, None, None, :].bool()  # no head or query attends to padding
         x = self.embeddings(input_ids)
         *lower, last = self.transformer["layer"]
         for layer in lower:

@@ -15,6 +15,8 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 if [ "${NNODES:-1}" = 1 ]; then
   meet=(--standalone)  # a free port, so that two runs on one host do not collide
+  # gloo would look up the host's own name, which on a laptop without network can fail or hang
+  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$([ "$(uname)" = Darwin ] && echo lo0 || echo lo)}
 else
   meet=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?is 0 on the first host, 1 on the next}"
     --rdzv-backend c10d --rdzv-id distrinews

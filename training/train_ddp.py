@@ -8,11 +8,12 @@ diff training/train_single.py training/train_ddp.py       # what DDP adds, and n
 import argparse
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
@@ -81,6 +82,7 @@ def main() -> None:
     device, backend = utils.choose_device(args.backend)
     precision, precision_why = utils.choose_precision(args.precision, device)
     autocast = utils.autocast(device, precision)
+    put = partial(Tensor.to, device=device, non_blocking=True)  # a plain copy waits for the GPU
 
     # DDP 2/7: data before the group. One process of each host downloads and tokenises while the
     # others wait for its files; in the group they would wait in a collective, which times out.
@@ -154,8 +156,8 @@ def main() -> None:
                 # last backward needs the all-reduce. The forward decides: it must be inside.
                 last = micro_step == len(micro_batches)
                 with autocast(), nullcontext() if last else model.no_sync():
-                    logits = model(input_ids.to(device), attention_mask.to(device)).float()
-                labels = labels.to(device)
+                    logits = model(put(input_ids), put(attention_mask)).float()
+                labels = put(labels)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 # divided by the whole step's rows: shares may be uneven, so no mean of means.
                 # world_size undoes DDP's own division, which takes the mean over ranks

@@ -7,10 +7,11 @@ diff training/train_single.py training/train_ddp.py       # what DDP adds, and n
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import RandomSampler
 
@@ -74,6 +75,7 @@ def main() -> None:
     device, backend = utils.choose_device()
     precision, precision_why = utils.choose_precision(args.precision, device)
     autocast = utils.autocast(device, precision)
+    put = partial(Tensor.to, device=device, non_blocking=True)  # a plain copy waits for the GPU
 
     utils.hub_answers()
     folder, model_source, model_why = find_backbone(args.model)
@@ -126,8 +128,8 @@ def main() -> None:
             step_rows = steps.row_count(step)
             for input_ids, attention_mask, labels in micro_batches:
                 with autocast():
-                    logits = model(input_ids.to(device), attention_mask.to(device)).float()
-                labels = labels.to(device)
+                    logits = model(put(input_ids), put(attention_mask)).float()
+                labels = put(labels)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 # divided by the whole step's rows: micro-batches may be uneven, so no mean of means
                 scaler.scale(loss / step_rows).backward()
