@@ -2,8 +2,11 @@
 
 import csv
 import random
+import subprocess
+import sys
 
 import pytest
+from ranks import ROOT, environment
 
 WORDS = {
     "World": "minister election troops border treaty embassy rebels summit parliament refugees",
@@ -55,3 +58,25 @@ def news_folder(tmp_path_factory):
     with open(folder / "test.csv", "w", newline="") as file:
         csv.writer(file).writerows((i % 4 + 1, text(i % 4), text(i % 4)) for i in range(53))
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_backbone, news_folder, tmp_path_factory):
+    """A checkpoint folder as train_single.py leaves it."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, ROOT / "training" / "train_single.py", "--model", tiny_backbone,
+               "--data", news_folder, "--checkpoint-dir", folder / "c", "--lr", "5e-3",
+               "--epochs", 20, "--global-batch-size", 8, "--dropout", 0]  # fmt: skip
+    subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=100)
+    return folder / "c"
+
+
+@pytest.fixture(scope="session")
+def exported(trained, news_folder):
+    """`trained` with its int8 files beside it, as export.py writes them."""
+    command = [sys.executable, ROOT / "inference" / "export.py", "--to", "onnx", "--data",
+               news_folder, "--checkpoint-dir", trained]  # fmt: skip
+    env = environment()
+    del env["PYTHONPATH"]  # a user has none
+    subprocess.run([*map(str, command)], cwd=trained, env=env, check=True, timeout=100)
+    return trained

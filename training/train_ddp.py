@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     add("--global-batch-size", type=int, default=32, help="rows of a step, over all processes")
     add("--micro-batch-size", type=int, help="rows of one forward of one process (default: its "
         "whole share of a step)")
-    add("--lr", type=float, help="peak learning rate (default: 5e-5; 2e-4 for a backbone narrower "
+    add("--lr", type=float, help="peak learning rate (default: 5e-5; 1e-4 for a backbone narrower "
         "than 768)")
     add("--warmup", type=float, default=0.1, help="part of all steps in which the lr rises")
     add("--dropout", type=float, help="in the encoder (default: the backbone's own, 0.1)")
@@ -103,7 +103,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
     raw_model = load_backbone(folder, args.dropout).to(device)
-    args.lr = args.lr or (5e-5 if raw_model.config.dim >= 768 else 2e-4)
+    args.lr = args.lr or (5e-5 if raw_model.config.dim >= 768 else 1e-4)
     optimizer = utils.make_optimizer(raw_model, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

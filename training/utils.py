@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -445,8 +446,8 @@ def host(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    python, system = platform.python_version(), platform.system()
-    return {"python": python, "torch": str(torch.__version__), "os": system}
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {"python": platform.python_version(), **packages, "os": platform.system()}
 
 
 def git_commit() -> str | None:

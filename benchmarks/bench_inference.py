@@ -1,0 +1,254 @@
+"""How fast serving is here: both engines against a plain pipeline endpoint, and under overload.
+
+python -m benchmarks.bench_inference [--rounds 3] [--seconds 6] [--out FILE]
+
+DistilBERT-base with random weights (speed does not depend on their values), texts from AG_NEWS_DIR
+or else the sample. Callers are threads of one other process on the same cores: each waits for its
+answer, then asks again. Every round runs every server; figures are medians over rounds.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench_training import RESULTS, ROOT
+from inference import export
+from inference.model_loader import CHECKPOINT, ONNX, ONNX_FACTS, Classifier, sha256
+from training import utils
+from training.dataset import LABELS, SAMPLE, load_tokenizer, read_folder
+from training.model import Config, NewsClassifier, packaged_backbone
+
+CALLERS = (1, 8, 32)
+SERVERS = {
+    "pipeline": "benchmarks.naive_server:app",
+    "torch": "inference.app:app",
+    "onnx": "inference.app:app",
+}
+OVERLOAD = 10  # times the best rate of 200s
+
+
+def make_checkpoint(folder: Path) -> None:
+    """Base's shape with random weights in every form that a server here takes.
+
+    int8 goes without its check: random weights have no accuracy to lose.
+    """
+    torch.manual_seed(0)
+    model = NewsClassifier(Config()).eval()
+    metrics = dict.fromkeys(("test_accuracy", "val_accuracy", "test_samples"), 0)
+    origin = dict.fromkeys(("lr", "warmup", "global_batch_size", "total_steps", "world_size",
+                            "precision", "seed", "host", "train_samples"), 0)  # fmt: skip
+    origin |= {"data": "none", "model": "random weights"}
+    state = {"model": model.state_dict(), "config": asdict(model.config), "labels": list(LABELS),
+             "max_length": 128, "metrics": metrics, "provenance": origin}  # fmt: skip
+    utils.save_checkpoint(state, folder / CHECKPOINT)
+    load_tokenizer(packaged_backbone()).save_pretrained(folder / "tokenizer")
+    export.to_hf(folder, folder / "hf")
+    export.write_int8(model, folder / ONNX)
+    facts = {"checkpoint_sha256": sha256(folder / CHECKPOINT), "onnx_sha256": sha256(folder / ONNX),
+             "labels": list(LABELS), "max_length": 128,
+             "info": {"backbone": "random weights", "data": "none", "test_accuracy": 0,
+                      "checkpoint": ""}}  # fmt: skip
+    (folder / ONNX_FACTS).write_text(json.dumps(facts))
+
+
+class Server:
+    """One of the servers as a process of its own; `start_seconds` until its first answer."""
+
+    def __init__(self, name: str, folder: Path, text: str):
+        env = os.environ | {"CHECKPOINT_DIR": str(folder), "MODEL": str(folder / "hf"),
+                            "ENGINE": name, "HF_HUB_OFFLINE": "1", "DRAIN_SECONDS": "0"}
+        self.port = 17860
+        command = [sys.executable, "-m", "uvicorn", SERVERS[name], "--no-access-log", "--port"]
+        began = time.perf_counter()
+        self.process = subprocess.Popen(
+            [*command, str(self.port)], cwd=ROOT, env=env,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while True:
+            assert self.process.poll() is None, f"the {name} server ended"
+            try:
+                if Caller(self.port).ask(text) == 200:
+                    break
+            except OSError:
+                pass
+            time.sleep(0.02)
+        self.start_seconds = time.perf_counter() - began
+
+    def resident_mb(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+class Caller:
+    """One connection that is kept; `ask` returns the status of the answer."""
+
+    def __init__(self, port: int):
+        self.wire = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def ask(self, text: str | None) -> int:
+        if text is None:
+            self.wire.request("GET", "/health")
+        else:
+            self.wire.request("POST", "/predict", json.dumps({"text": text}),
+                              {"Content-Type": "application/json"})  # fmt: skip
+        answer = self.wire.getresponse()
+        answer.read()
+        return answer.status
+
+
+def percentile(values: list[float], p: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(p * len(values)))]
+
+
+def closed_loop(port: int, texts: list[str], callers: int, seconds: float) -> dict:
+    """`callers` threads, each asking as soon as it has its answer; the first second is warm-up."""
+    begin, times = time.perf_counter() + 1, []
+
+    def call(number: int) -> None:
+        caller = Caller(port)
+        for text in texts[number::callers] * 100:
+            asked = time.perf_counter()
+            if asked > begin + seconds:
+                break
+            assert caller.ask(text) == 200
+            if asked > begin:
+                times.append(time.perf_counter() - asked)
+
+    threads = [threading.Thread(target=call, args=[n]) for n in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"requests_per_second": len(times) / seconds, "p50_ms": 1e3 * percentile(times, 0.5),
+            "p99_ms": 1e3 * percentile(times, 0.99)}  # fmt: skip
+
+
+def overload(port: int, texts: list[str], rate: float, seconds: float) -> dict:
+    """Requests at a fixed `rate`, whatever comes back; /health twenty times a second beside them.
+
+    Enough threads that none has to wait for an answer before its next turn, as long as accepted
+    requests take less than a few seconds.
+    """
+    begin = time.perf_counter() + 1
+    statuses, health = Counter(), []
+    turns = iter(range(int(rate * (seconds + 1))))  # one shared clock: turn n is due at n / rate
+    lock = threading.Lock()
+
+    def call() -> None:
+        caller = Caller(port)
+        while True:
+            with lock:
+                turn = next(turns, None)
+            if turn is None:
+                return
+            due = begin - 1 + turn / rate
+            time.sleep(max(0.0, due - time.perf_counter()))
+            asked = time.perf_counter()
+            status = caller.ask(texts[turn % len(texts)])
+            if asked > begin:
+                statuses[status] += 1
+
+    def watch() -> None:
+        caller = Caller(port)
+        while time.perf_counter() < begin + seconds:
+            asked = time.perf_counter()
+            assert caller.ask(None) == 200
+            if asked > begin:
+                health.append(time.perf_counter() - asked)
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=call) for _ in range(200)]
+    threads.append(threading.Thread(target=watch))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    spent = time.perf_counter() - begin
+    return {
+        "offered_per_second": rate, "answered_per_second": sum(statuses.values()) / spent,
+        "ok_per_second": statuses[200] / spent,
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
+        "health_p99_ms": 1e3 * percentile(health, 0.99),
+    }  # fmt: skip
+
+
+def without_http(engine: str, folder: Path, texts: list[str]) -> float:
+    """The p50 in ms of the same work in this process: tokenise, one forward pass, an answer."""
+    classifier, times = Classifier(folder, engine), []
+    for text in texts[:200]:
+        began = time.perf_counter()
+        classifier.predict([text])
+        times.append(time.perf_counter() - began)
+    return 1e3 * percentile(times, 0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
+    parser.add_argument("--out", type=Path, default=RESULTS / "inference_speed.json")
+    args = parser.parse_args()
+    folder = os.environ.get("AG_NEWS_DIR")
+    texts = read_folder(Path(folder) if folder else SAMPLE)[1].texts
+    results = {name: {"start_seconds": [], "resident_mb": [], "loops": {n: [] for n in CALLERS}}
+               for name in SERVERS}  # fmt: skip
+    bare, overloads = {"torch": [], "onnx": []}, []
+    with tempfile.TemporaryDirectory() as place:
+        make_checkpoint(Path(place))
+        for number in range(args.rounds):
+            for name, result in results.items():
+                if name in bare:
+                    bare[name].append(without_http(name, Path(place), texts))
+                server = Server(name, Path(place), texts[0])
+                result["start_seconds"].append(server.start_seconds)
+                for callers, loops in result["loops"].items():
+                    loops.append(closed_loop(server.port, texts, callers, args.seconds))
+                    print(f"round {number + 1}, {name}, {callers} callers:",
+                          {k: round(v, 1) for k, v in loops[-1].items()}, flush=True)  # fmt: skip
+                result["resident_mb"].append(server.resident_mb())
+                if name == "onnx":
+                    best = max(loops[-1]["requests_per_second"]
+                               for loops in result["loops"].values())  # fmt: skip
+                    rate = OVERLOAD * best
+                    overloads.append(overload(server.port, texts, rate, args.seconds))
+                    overloads[-1]["share_of_best"] = overloads[-1]["ok_per_second"] / best
+                    print("overload:", overloads[-1], flush=True)
+                server.stop()
+    record = {
+        "script": "bench_inference",
+        "command": shlex.join(["python", "-m", "benchmarks.bench_inference", *sys.argv[1:]]),
+        "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
+        "git_commit": utils.git_commit(), "model": "DistilBERT-base, random weights",
+        "texts": f"folder {Path(folder).name}" if folder else "sample",
+        "rounds": args.rounds, "seconds": args.seconds, "servers": results,
+        "without_http_p50_ms": bare, "overload": overloads,
+    }  # fmt: skip
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name, result in results.items():
+        rates = [statistics.median(loop["requests_per_second"] for loop in loops)
+                 for loops in result["loops"].values()]  # fmt: skip
+        print(f"{name}: requests/s at {CALLERS} callers:", [round(rate, 1) for rate in rates])
+
+
+if __name__ == "__main__":
+    main()

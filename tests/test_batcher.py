@@ -1,0 +1,141 @@
+"""Requests share forward passes, and none is lost or mixed up: pytest tests/test_batcher.py"""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from inference.batcher import Batcher, QueueFull
+
+
+def echo(rows):
+    """Scores that tell the row they belong to: its length, its first and its last id."""
+    return np.array([[len(row), row[0], row[-1]] for row in rows], float)
+
+
+class Held:
+    """`echo` that waits until it is let go, and notes the rows of every batch."""
+
+    def __init__(self):
+        self.go, self.batches = threading.Event(), []
+
+    def __call__(self, rows):
+        self.batches.append([len(row) for row in rows])
+        assert self.go.wait(10)
+        return echo(rows)
+
+
+async def settle():
+    for _ in range(20):
+        await asyncio.sleep(0.002)
+
+
+def test_every_caller_gets_its_own_answers_in_order():
+    async def go():
+        batcher, rng = Batcher(echo, limit=10_000), np.random.default_rng(0)
+        calls = [[rng.integers(1, 999, rng.integers(1, 60)).tolist() for _ in range(n % 5 + 1)]
+                 for n in range(200)]  # fmt: skip
+        answers = await asyncio.gather(*map(batcher.submit, calls))
+        batcher.close()
+        return calls, answers
+
+    calls, answers = asyncio.run(go())
+    for rows, scores in zip(calls, answers, strict=True):
+        assert np.array_equal(np.array(scores), echo(rows))
+
+
+def test_what_waits_together_is_batched_by_length_oldest_first():
+    async def go():
+        held = Held()
+        batcher = Batcher(held, max_rows=4, max_spread=1.25)
+        first = asyncio.create_task(batcher.submit([[1]]))
+        await settle()  # the model is busy with it while these gather
+        lengths = [10, 50, 11, 12, 10, 52, 13, 100]
+        rest = [asyncio.create_task(batcher.submit([[1] * n])) for n in lengths]
+        await settle()
+        held.go.set()
+        await asyncio.gather(first, *rest)
+        batcher.close()
+        return held.batches
+
+    # 10 is the oldest: with it the next in length, at most four and within a quarter: 10, 10, 11,
+    # 12. Then 50 is: 52 is near, 13 and 100 are not. Then 13, then 100.
+    assert asyncio.run(go()) == [[1], [10, 10, 11, 12], [50, 52], [13], [100]]
+
+
+def test_a_lone_caller_does_not_wait_for_company():
+    async def go():
+        batcher = Batcher(echo)
+        await batcher.submit([[1]])  # the thread has started
+        began = time.perf_counter()
+        for _ in range(50):
+            await batcher.submit([[1, 2]])
+        batcher.close()
+        return (time.perf_counter() - began) / 50
+
+    assert asyncio.run(go()) < 0.005
+
+
+def test_a_full_queue_refuses_at_once_and_serves_what_it_has():
+    async def go():
+        held = Held()
+        batcher = Batcher(held, limit=8)
+        running = asyncio.create_task(batcher.submit([[1]]))
+        await settle()
+        waiting = asyncio.create_task(batcher.submit([[1]] * 6))
+        await settle()
+        assert batcher.room()
+        with pytest.raises(QueueFull) as caught:
+            await batcher.submit([[1]] * 3)  # 6 + 3 > 8
+        assert caught.value.retry_after >= 1
+        last = asyncio.create_task(batcher.submit([[1]] * 2))
+        await settle()
+        assert not batcher.room()
+        held.go.set()
+        answers = await asyncio.gather(running, waiting, last)
+        batcher.close()
+        return list(map(len, answers))
+
+    assert asyncio.run(go()) == [1, 6, 2]
+
+
+def test_an_error_fails_the_callers_of_its_batch_alone():
+    def fragile(rows):
+        if any(len(row) == 7 for row in rows):
+            raise ValueError("this batch")
+        scores = echo(rows)
+        scores[[len(row) == 9 for row in rows]] = np.nan
+        return scores
+
+    async def go():
+        batcher = Batcher(fragile, max_spread=1)
+        calls = [batcher.submit([[1] * n]) for n in (3, 7, 9, 5)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        again = await batcher.submit([[1] * 4])
+        batcher.close()
+        return [type(a) for a in answers], again
+
+    kinds, again = asyncio.run(go())
+    assert kinds == [list, ValueError, ArithmeticError, list]
+    assert again[0][0] == 4
+
+
+def test_a_caller_that_left_costs_no_forward_pass():
+    async def go():
+        held = Held()
+        batcher = Batcher(held)
+        running = asyncio.create_task(batcher.submit([[1]]))
+        await settle()
+        left = asyncio.create_task(batcher.submit([[1] * 5]))
+        await settle()
+        left.cancel()
+        await settle()
+        held.go.set()
+        await running
+        await batcher.submit([[1] * 3])
+        batcher.close()
+        return held.batches
+
+    assert asyncio.run(go()) == [[1], [3]]
