@@ -1,22 +1,29 @@
-# make demo | test | lint | bench        everything in .venv, made on first use
+# make demo | test | serve | lint | bench | report      everything in .venv, made on first use
 PYTHON ?= python3
+PORT ?= 7860
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench
+.PHONY: demo test serve lint bench report
 
 demo: .venv/installed
-	bash training/run_ddp.sh --data sample --model packaged --epochs 6 --global-batch-size 16
-	python -m inference.model_loader "Shares rose after the bank raised its forecast"
+	bash training/run_ddp.sh --data sample --model packaged --epochs 6 --global-batch-size 16 --lr 2e-4
+	PORT=$(PORT) bash inference/try_it.sh
 
 test: .venv/installed-dev
 	pytest
+
+serve: .venv/installed
+	uvicorn inference.app:app --port $(PORT)
 
 lint: .venv/installed-dev
 	ruff check .
 
 bench: .venv/installed-dev
 	python -m benchmarks.bench_training $(ARGS)
+
+report: .venv/installed-dev
+	python -m benchmarks.report
 
 .venv/installed: requirements.txt requirements-offline.txt
 	$(PYTHON) -m venv .venv

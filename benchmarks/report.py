@@ -1,11 +1,13 @@
-"""Writes the measured tables of the README files from the records: python -m benchmarks.report
+"""Writes every measured figure from the records: python -m benchmarks.report
 
-A table stands between `<!-- records: NAME -->` and `<!-- end -->`; nothing there is typed by hand.
+In the README files a table stands between `<!-- records: NAME -->` and `<!-- end -->`; the pages in
+WRITTEN are written whole. Nothing there is typed by hand.
 """
 
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -62,7 +64,128 @@ def sample() -> str:
     )
 
 
-TABLES = {"accuracy": accuracy, "speed": speed, "sample": sample}
+def spread(values: list[float], digits: int = 1) -> str:
+    """The median, and the lowest and highest beside it where they differ."""
+    text = f"{median(values):.{digits}f}"
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return text if low == high else f"{text} ({low} to {high})"
+
+
+def each(loops: list[dict], name: str) -> list[float]:
+    return [loop[name] for loop in loops]
+
+
+def serving() -> str:
+    """The README's short table: requests per second and p50, by server and callers."""
+    record = read("inference_speed")
+    callers = list(record["servers"]["onnx"]["loops"])
+    rows = [
+        "| server | " + " | ".join(f"{n} caller{'s' * (n != '1')}" for n in callers) + " |",
+        "|---|" + "---|" * len(callers),
+    ]
+    for name, server in record["servers"].items():
+        cells = [
+            f"{median(each(loops, 'requests_per_second')):.0f}/s, "
+            f"p50 {median(each(loops, 'p50_ms')):.0f} ms"
+            for loops in server["loops"].values()
+        ]
+        rows.append(f"| {SERVER_NAMES[name]} | " + " | ".join(cells) + " |")
+    words = (
+        f"{record['model']}, real text lengths, callers on the same {record['host']}; more in "
+        "[inference.md](benchmarks/inference.md)."
+    )
+    return "\n".join([words, "", *rows])
+
+
+SERVER_NAMES = {
+    "pipeline": "`pipeline` in a `def` endpoint, fp32",
+    "torch": "this repo, torch fp32",
+    "onnx": "this repo, ONNX Runtime int8",
+}
+
+
+def inference_page() -> str:
+    record = read("inference_speed")
+    servers, rounds = record["servers"], record["rounds"]
+    page = [
+        "# Serving, measured",
+        "",
+        f"Written by `python -m benchmarks.report` from `results/inference_speed.json`: "
+        f"`{record['command']}` on {record['host']}. {record['model']}; texts: {record['texts']}. "
+        f"{rounds} interleaved rounds of {record['seconds']:g} s a figure; medians, with the lowest"
+        " and highest round in brackets. Callers run on the same cores as the server.",
+        "",
+        "| server | callers | requests/s | p50 ms | p99 ms |",
+        "|---|---|---|---|---|",
+    ]
+    for name, server in servers.items():
+        for callers, loops in server["loops"].items():
+            page.append(
+                f"| {SERVER_NAMES[name]} | {callers} | {spread(each(loops, 'requests_per_second'))}"
+                f" | {spread(each(loops, 'p50_ms'))} | {spread(each(loops, 'p99_ms'))} |"
+            )
+    page += [
+        "",
+        "## Against the pipeline endpoint",
+        "",
+        "| what | torch | onnx |",
+        "|---|---|---|",
+    ]
+
+    def ratio(name, callers, figure, turn=1):
+        pairs = zip(
+            each(servers[name]["loops"][callers], figure),
+            each(servers["pipeline"]["loops"][callers], figure),
+            strict=True,
+        )
+        return spread([(ours / theirs) ** turn for ours, theirs in pairs], 2)
+
+    for callers in servers["onnx"]["loops"]:
+        cells = [ratio(name, callers, "requests_per_second") for name in ("torch", "onnx")]
+        page.append(f"| requests/s at {callers} callers, times | {cells[0]} | {cells[1]} |")
+    cells = [ratio(name, "1", "p50_ms") for name in ("torch", "onnx")]
+    page.append(f"| p50 at 1 caller, part | {cells[0]} | {cells[1]} |")
+    page += [
+        "",
+        "## Start, memory, HTTP",
+        "",
+        "| server | start to first answer, s | resident after load, MiB | p50 at 1 caller minus p50 "
+        "of the same work without HTTP, ms |",
+        "|---|---|---|---|",
+    ]
+    for name, server in servers.items():
+        bare = record["without_http_p50_ms"].get(name)
+        http = "not measured" if bare is None else spread(
+            [a - b for a, b in zip(each(server["loops"]["1"], "p50_ms"), bare, strict=True)], 2
+        )  # fmt: skip
+        page.append(
+            f"| {SERVER_NAMES[name]} | {spread(server['start_seconds'])} | "
+            f"{spread(server['resident_mb'], 0)} | {http} |"
+        )
+    runs = record["overload"]
+    statuses = sorted({status for run in runs for status in run["statuses"]})
+    page += [
+        "",
+        "## Ten times too many requests",
+        "",
+        "The onnx server, offered ten times its best rate at a fixed pace, whatever comes back.",
+        "",
+        "| what | figure |",
+        "|---|---|",
+        f"| offered requests/s | {spread(each(runs, 'offered_per_second'))} |",
+        f"| answered requests/s | {spread(each(runs, 'answered_per_second'))} |",
+        f"| statuses seen | {', '.join(statuses)} |",
+        f"| 200s per second, part of the best rate | {spread(each(runs, 'share_of_best'), 2)} |",
+        f"| `/health` p99, ms | {spread(each(runs, 'health_p99_ms'))} |",
+        "",
+        "What limits it: the caller that makes these requests, the HTTP layer that refuses them, "
+        "and the model share the same cores.",
+    ]
+    return "\n".join(page) + "\n"
+
+
+TABLES = {"accuracy": accuracy, "speed": speed, "sample": sample, "serving": serving}
+WRITTEN = {ROOT / "benchmarks" / "inference.md": inference_page}
 
 
 def fill(text: str) -> str:
@@ -78,3 +201,5 @@ def fill(text: str) -> str:
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(fill(page.read_text()))
+    for page, write in WRITTEN.items():
+        page.write_text(write())

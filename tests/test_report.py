@@ -12,6 +12,11 @@ def test_the_page_is_what_the_records_say(page):
     assert report.fill(text) == text
 
 
+@pytest.mark.parametrize("page", report.WRITTEN, ids=lambda page: page.name)
+def test_a_written_page_comes_back_byte_for_byte(page):
+    assert report.WRITTEN[page]() == page.read_text()
+
+
 def test_a_figure_that_was_typed_in_is_noticed():
     text = "<!-- records: sample -->\n0.99\n<!-- end -->"
     assert report.fill(text) != text
