@@ -149,8 +149,8 @@ def inference_page() -> str:
         "",
         "## Start, memory, HTTP",
         "",
-        "| server | start to first answer, s | resident after load, MiB | p50 at 1 caller minus p50 "
-        "of the same work without HTTP, ms |",
+        "| server | start to first answer, s | resident after load, MiB | p50 at 1 caller less the"
+        " p50 of the same work without HTTP, ms |",
         "|---|---|---|---|",
     ]
     for name, server in servers.items():

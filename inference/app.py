@@ -25,7 +25,7 @@ from inference.batcher import Batcher, QueueFull
 from inference.model_loader import CHECKPOINTS, Classifier, LoadError
 
 PAGE = (Path(__file__).parent / "index.html").read_text()
-# the Space's page shows the app in a frame, from another site; X-Frame-Options would forbid it
+# the Space's page shows the app in a frame, from another site: so no X-Frame-Options either
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; "
@@ -97,8 +97,10 @@ class Service:
         try:
             engine = os.environ.get("ENGINE", "auto")
             self.classifier = await asyncio.to_thread(Classifier, folder, engine)
-        except LoadError as error:
-            # not an exception: uvicorn would wrap a traceback around the one line that helps
+        except Exception as error:
+            if not isinstance(error, LoadError):
+                logger.exception("the model cannot be loaded")
+            # not raised: uvicorn would wrap a traceback around the one line that helps
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         self.batcher = Batcher(self.classifier.scores, on_batch=batch_rows.observe)

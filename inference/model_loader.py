@@ -7,6 +7,7 @@ image needs no torch at all. inference/export.py writes its two files beside the
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -51,17 +52,24 @@ def sha256(path: Path) -> str:
 
 def threads() -> int:
     """Cores that this process may use; a container's share can be smaller than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:  # `docker run --cpus 2` hides no core, it sets a quota: "200000 100000" microseconds
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+    except (OSError, ValueError):  # no cgroup of version 2, or "max"
+        return able
+    return max(1, min(able, quota // period))
 
 
 def torch_engine(folder: Path) -> Engine:
     """Rank 0's checkpoint in fp32, on a GPU if there is one."""
+    path = folder / CHECKPOINT
+    if importlib.util.find_spec("torch") is None:
+        raise LoadError(f"no usable {ONNX} in {folder}, and {CHECKPOINT} needs torch; {REMEDY}")
     import torch
 
     from training.model import Config, NewsClassifier
     from training.utils import CheckpointError, load_checkpoint
 
-    path = folder / CHECKPOINT
     keys = ("model", "config", "labels", "max_length", "metrics", "provenance")
     try:
         state = load_checkpoint(path, keys)
@@ -111,11 +119,15 @@ def onnx_engine(folder: Path) -> Engine:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     try:
-        if sha256(path) != facts["onnx_sha256"]:
-            raise LoadError(f"{path} is damaged or not the one of {ONNX_FACTS}; {again}")
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        found = sha256(path)
     except OSError as error:
         raise LoadError(f"cannot read {path}: {error.strerror}; {again}") from None
+    if found != facts["onnx_sha256"]:
+        raise LoadError(f"{path} is damaged or not the one of {ONNX_FACTS}; {again}")
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception:  # onnxruntime's own have no base class in common but this
+        raise LoadError(f"{path} is no model that onnxruntime can run; {again}") from None
 
     def logits(input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -105,12 +105,14 @@ def test_auto_takes_int8_when_it_belongs_to_the_checkpoint(copy):
         Classifier(copy)
 
 
-@pytest.mark.parametrize("how", ["cut", "another file", "no file", "no facts", "foreign facts"])
+@pytest.mark.parametrize("how", ["cut", "no model", "no file", "no facts", "foreign"])
 def test_a_spoilt_int8_file_is_one_line(copy, how):
     if how == "cut":
         (copy / ONNX).write_bytes((copy / ONNX).read_bytes()[:-100])
-    elif how == "another file":
-        (copy / ONNX).write_bytes(b"onnx")
+    elif how == "no model":
+        (copy / ONNX).write_bytes(b"no model")
+        facts = json.loads((copy / ONNX_FACTS).read_text())
+        (copy / ONNX_FACTS).write_text(json.dumps(facts | {"onnx_sha256": sha256(copy / ONNX)}))
     elif how == "no file":
         (copy / ONNX).unlink()
     elif how == "no facts":

@@ -3,20 +3,17 @@
 import json
 import re
 import shutil
-import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
-import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from ranks import ROOT, environment
+from ranks import ROOT
+from server import server as api
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -43,43 +40,8 @@ PREDICTION = {
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_backbone, news_folder, tmp_path_factory):
-    """A checkpoint folder as train_single.py leaves it."""
-    folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, ROOT / "training" / "train_single.py", "--model", tiny_backbone]
-    command += ["--data", news_folder, "--checkpoint-dir", folder, "--max-steps", 1]
-    subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=60)
-    return folder
-
-
-@contextmanager
-def api(checkpoints):
-    """The real server, as `uvicorn inference.app:app` starts it; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "inference.app:app", "--port", str(port)]
-    command += ["--log-level", "warning"]
-    extra = {"CHECKPOINT_DIR": str(checkpoints), "ENGINE": "torch", "DRAIN_SECONDS": "0"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(**extra))
-    try:
-        until = time.monotonic() + 60
-        while True:
-            assert process.poll() is None and time.monotonic() < until, "the server did not start"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):  # 503 is one of them
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.fixture(scope="module")
 def server(trained):
-    with api(trained) as address:
+    with api(trained, ENGINE="torch") as address:
         yield address
 
 
@@ -336,7 +298,7 @@ def test_a_model_of_the_sample_is_called_a_demonstration(trained, page, tmp_path
     state = torch.load(path)
     state["provenance"]["data"] = "sample"
     torch.save(state, path)
-    with api(tmp_path / "c") as server:
+    with api(tmp_path / "c", ENGINE="torch") as server:
         assert page.open(server).facts()["Trained on"] == "sample"
         said = page.one("#model").text
     items = len((ROOT / "training" / "sample_data" / "train.csv").read_text().splitlines()) - 1
