@@ -20,37 +20,43 @@ def read(name: str) -> dict:
 
 def accuracy() -> str:
     rows = [
-        "| | processes | test accuracy | training time | host | record |",
-        "|---|---|---|---|---|---|",
+        "| | processes | test accuracy | validation accuracy | record |",
+        "|---|---|---|---|---|",
     ]
     for name in ("agnews_packaged_single", "agnews_packaged_ddp"):
         run = read(name)
-        seconds = sum(epoch["seconds"] + epoch["warmup_seconds"] for epoch in run["epochs"])
         rows.append(
             f"| `{run['script']}.py` | {run['world_size']} | {run['test_accuracy']:.4f} on "
-            f"{run['test_samples']:,} rows | {seconds / 60:.0f} min, {len(run['epochs'])} epoch | "
-            f"{run['host']}, {run['precision']} | [{name}](benchmarks/results/{name}.json) |"
+            f"{run['test_samples']:,} rows | {run['epochs'][-1]['val_accuracy']:.4f} on "
+            f"{run['val_samples']:,} | [{name}](benchmarks/results/{name}.json) |"
         )
     run = read("agnews_packaged_single")
     words = (
-        f"Packaged backbone, {run['train_samples'] + run['val_samples']:,} of AG News's 120,000 "
-        f"training rows, global batch {run['global_batch_size']}, peak lr {run['lr']:g}. The "
-        "machine was shared with other work, so the times say little: speed is measured apart."
+        f"Packaged backbone, {run['train_samples']:,} of AG News's 120,000 training rows, "
+        f"{run['precision']}, {len(run['epochs'])} epochs, global batch "
+        f"{run['global_batch_size']}, peak lr {run['lr']:g}, on {run['host']}. The machine was "
+        "shared with other work, so these runs' times say nothing: speed is measured apart."
     )
     return "\n".join([words, "", *rows])
 
 
 def speed() -> str:
-    record = read("training_speed")
-    rows = ["| | median | lowest and highest |", "|---|---|---|"]
-    for name, ratio in record["ratios"].items():
-        low, high = min(ratio["all"]), max(ratio["all"])
-        rows.append(f"| {name} | {ratio['median']:.2f} | {low:.2f} to {high:.2f} |")
+    records = {name: read(name) for name in ("training_speed", "training_speed_avx512")}
+    first = records["training_speed"]
+    rows = [
+        "| | " + " | ".join(record["instructions"] for record in records.values()) + " |",
+        "|---|---|---|",
+    ]
+    for name in first["ratios"]:
+        cells = (spread(record["ratios"][name]["all"], 2) for record in records.values())
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    rates = (spread([r["ours"] for r in record["rounds"]]) for record in records.values())
+    rows.append("| our samples/s in one process | " + " | ".join(rates) + " |")
+    links = ", ".join(f"[{name}](benchmarks/results/{name}.json)" for name in records)
     words = (
-        f"{record['model']}, batch {record['batch']}, {record['precision']}, real text lengths, "
-        f"{len(record['rounds'])} interleaved rounds on {record['host']} "
-        "([training_speed](benchmarks/results/training_speed.json)). GEMM rate: the model's own "
-        "matrix products, back to back."
+        f"{first['model']}, batch {first['batch']}, {first['precision']}, real text lengths, "
+        f"{len(first['rounds'])} interleaved rounds on {first['host']}: median, lowest and highest "
+        f"({links}). GEMM rate: the model's own matrix products, back to back."
     )
     return "\n".join([words, "", *rows])
 
