@@ -52,7 +52,7 @@ def test_what_waits_together_is_batched_by_length_oldest_first():
         batcher = Batcher(held, max_rows=4, max_spread=1.25)
         first = asyncio.create_task(batcher.submit([[1]]))
         await settle()  # the model is busy with it while these gather
-        lengths = [10, 50, 11, 12, 10, 52, 13, 100]
+        lengths = [10, 50, 11, 12, 10, 52, 11, 13, 100]
         rest = [asyncio.create_task(batcher.submit([[1] * n])) for n in lengths]
         await settle()
         held.go.set()
@@ -60,9 +60,9 @@ def test_what_waits_together_is_batched_by_length_oldest_first():
         batcher.close()
         return held.batches
 
-    # 10 is the oldest: with it the next in length, at most four and within a quarter: 10, 10, 11,
-    # 12. Then 50 is: 52 is near, 13 and 100 are not. Then 13, then 100.
-    assert asyncio.run(go()) == [[1], [10, 10, 11, 12], [50, 52], [13], [100]]
+    # 10 is the oldest: with it the next in length, up to four: 10, 11, 11. Then 50 is: 52 is within
+    # a quarter, 12, 13 and 100 are not. Then 12 and 13, then 100.
+    assert asyncio.run(go()) == [[1], [10, 10, 11, 11], [50, 52], [12, 13], [100]]
 
 
 def test_a_lone_caller_does_not_wait_for_company():
