@@ -216,6 +216,7 @@ def main() -> None:
         load_tokenizer(folder).save_pretrained(args.checkpoint_dir / "tokenizer")
         utils.save_model(args.checkpoint_dir / "distilbert_agnews.pt", raw_model, record)
         last_pt.unlink(missing_ok=True)  # nothing is left to go on with
+    utils.settle()  # none leaves before rank 0 has saved: torchrun ends all when one fails
     dist.destroy_process_group()  # not in a finally: it may wait for a rank that has failed
 
 
