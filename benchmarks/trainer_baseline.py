@@ -53,7 +53,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, num_train_epochs=1, per_device_train_batch_size=32, report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, **flags,
+            save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(), **flags,  # without it bf16 is refused on a CPU
         )  # fmt: skip
         collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(backbone))
         Trainer(model, args, collator, dataset, callbacks=[clock]).train()
