@@ -46,7 +46,7 @@ def accuracy() -> str:
         run = read(name)
         last = run["epochs"][-1]
         tried.append(
-            f"| lr {run['lr']:g}, batch {run['global_batch_size']}, {len(run['epochs'])} epochs, "
+            f"| lr {run['lr']:g}, batch {run['global_batch_size']}, epochs {len(run['epochs'])}, "
             f"dropout {run['config']['dropout']:g} | {last['val_accuracy']:.4f} | "
             f"{last['val_loss']:.4f} | {run['test_accuracy']:.4f} |"
         )
@@ -163,9 +163,9 @@ def inference_page() -> str:
 
     for callers in servers["onnx"]["loops"]:
         cells = [ratio(name, callers, "requests_per_second") for name in ("torch", "onnx")]
-        page.append(f"| requests/s at {callers} callers, times | {cells[0]} | {cells[1]} |")
+        page.append(f"| requests/s, callers: {callers}, times | {cells[0]} | {cells[1]} |")
     cells = [ratio(name, "1", "p50_ms") for name in ("torch", "onnx")]
-    page.append(f"| p50 at 1 caller, part | {cells[0]} | {cells[1]} |")
+    page.append(f"| p50, callers: 1, part | {cells[0]} | {cells[1]} |")
     page += [
         "",
         "## Start, memory, HTTP",
