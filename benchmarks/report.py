@@ -199,8 +199,8 @@ def inference_page() -> str:
         f"| 200s per second, part of the best rate | {spread(each(runs, 'share_of_best'), 2)} |",
         f"| `/health` p99, ms | {spread(each(runs, 'health_p99_ms'))} |",
         "",
-        "What limits it: the caller that makes these requests, the HTTP layer that refuses them, "
-        "and the model share the same cores.",
+        "The caller that makes these requests, the HTTP layer that refuses most of them, and the "
+        "model share the same cores.",
     ]
     return "\n".join(page) + "\n"
 

@@ -63,7 +63,7 @@ def write_int8(model: NewsClassifier, path: Path) -> None:
             dynamic_shapes={"input_ids": free, "attention_mask": free},
         )  # fmt: skip
         program.save(f"{folder}/fp32.onnx")
-        # only products with a weight: an attention score has none, and loses most in int8
+        # only products with a weight; attention's own, of two activations, stay in fp32
         quantize_dynamic(
             f"{folder}/fp32.onnx", path, per_channel=True, weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},

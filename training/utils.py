@@ -84,8 +84,8 @@ def reduce_max(value: int) -> int:
 def settle() -> None:
     """Waits for all ranks, and until gloo's threads have let go of the last tensors.
 
-    They need the interpreter lock for it. A process that ends before is aborted, and one that joins
-    them while it holds the lock hangs: seen in several of a hundred runs on a busy machine.
+    As far as thread dumps tell they need the interpreter lock for it. On a busy machine, several
+    runs in a hundred that closed the group right after their last collective hung or were aborted.
     """
     dist.barrier()
     time.sleep(0.3)
@@ -137,8 +137,8 @@ class StopSignal:
 def keep_freed_memory() -> None:
     """Has glibc keep large freed blocks, where it would return them to the kernel.
 
-    Every step frees and allocates its gradients and activations again, and fresh pages have to be
-    cleared by the kernel: measured here, 10 to 20 % of a step on a CPU.
+    Every step frees and allocates its gradients and activations again, and the kernel has to clear
+    each fresh page.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -293,8 +293,8 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
 def compress_gradients(model, kind: str) -> None:
     """Has DDP all-reduce 16-bit copies of its gradient buckets: half the bytes, and rounded.
 
-    On NCCL by torch's own hooks, which it refuses on gloo. The one for gloo waits for its bucket:
-    a Python callback in gloo's threads needs the interpreter lock, and can meet the process's end.
+    On NCCL by torch's own hooks; it refuses the bf16 one on gloo. The hook for gloo waits for its
+    bucket, so that no Python callback is left to gloo's threads.
     """
     if kind == "none":
         return
