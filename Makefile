@@ -1,10 +1,10 @@
-# make demo | test | serve | lint | bench | report      everything in .venv, made on first use
+# make demo | test | serve | lint | bench | kaggle | report      everything in .venv, made on first use
 PYTHON ?= python3
 PORT ?= 7860
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test serve lint bench report
+.PHONY: demo test serve lint bench kaggle report
 
 demo: .venv/installed
 	bash training/run_ddp.sh --data sample --model packaged --epochs 6 --global-batch-size 16 --lr 2e-4
@@ -21,6 +21,9 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	python -m benchmarks.bench_training $(ARGS)
+
+kaggle:
+	$(PYTHON) -m benchmarks.kaggle.bundle
 
 report: .venv/installed-dev
 	python -m benchmarks.report

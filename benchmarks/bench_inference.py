@@ -8,10 +8,11 @@ answer, then asks again. Every round runs every server; figures are medians over
 """
 
 import argparse
-import http.client
 import json
 import os
+import re
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -80,7 +81,7 @@ class Server:
         while True:
             assert self.process.poll() is None, f"the {name} server ended"
             try:
-                if Caller(self.port).ask(text) == 200:
+                if Caller(self.port).ask(request(text)) == 200:
                     break
             except OSError:
                 pass
@@ -96,38 +97,52 @@ class Server:
         self.process.wait(30)
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def request(text: str) -> bytes:
+    """A POST to /predict, made before the clock runs: callers share the server's cores here."""
+    body = json.dumps({"text": text}).encode()
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 class Caller:
     """One connection that is kept; `ask` returns the status of the answer."""
 
     def __init__(self, port: int):
-        self.wire = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        self.wire = socket.create_connection(("127.0.0.1", port), timeout=60)
 
-    def ask(self, text: str | None) -> int:
-        if text is None:
-            self.wire.request("GET", "/health")
-        else:
-            self.wire.request("POST", "/predict", json.dumps({"text": text}),
-                              {"Content-Type": "application/json"})  # fmt: skip
-        answer = self.wire.getresponse()
-        answer.read()
-        return answer.status
+    def ask(self, request: bytes) -> int:
+        self.wire.sendall(request)
+        answer, end = b"", -1
+        while end < 0 or len(answer) < end:
+            more = self.wire.recv(65536)
+            if not more:
+                raise ConnectionError("closed in mid-answer")
+            answer += more
+            head = answer.find(b"\r\n\r\n")
+            if end < 0 <= head:
+                length = re.search(rb"\r\ncontent-length: (\d+)", answer[:head], re.IGNORECASE)
+                end = head + 4 + int(length[1])
+        return int(answer[9:12])
 
 
 def percentile(values: list[float], p: float) -> float:
     return sorted(values)[min(len(values) - 1, int(p * len(values)))]
 
 
-def closed_loop(port: int, texts: list[str], callers: int, seconds: float) -> dict:
+def closed_loop(port: int, requests: list[bytes], callers: int, seconds: float) -> dict:
     """`callers` threads, each asking as soon as it has its answer; the first second is warm-up."""
     begin, times = time.perf_counter() + 1, []
 
     def call(number: int) -> None:
         caller = Caller(port)
-        for text in texts[number::callers] * 100:
+        for one in requests[number::callers] * 100:
             asked = time.perf_counter()
             if asked > begin + seconds:
                 break
-            assert caller.ask(text) == 200
+            assert caller.ask(one) == 200
             if asked > begin:
                 times.append(time.perf_counter() - asked)
 
@@ -140,7 +155,7 @@ def closed_loop(port: int, texts: list[str], callers: int, seconds: float) -> di
             "p99_ms": 1e3 * percentile(times, 0.99)}  # fmt: skip
 
 
-def overload(port: int, texts: list[str], rate: float, seconds: float) -> dict:
+def overload(port: int, requests: list[bytes], rate: float, seconds: float) -> dict:
     """Requests at a fixed `rate`, whatever comes back; /health twenty times a second beside them.
 
     Enough threads that none has to wait for an answer before its next turn, as long as accepted
@@ -161,7 +176,7 @@ def overload(port: int, texts: list[str], rate: float, seconds: float) -> dict:
             due = begin - 1 + turn / rate
             time.sleep(max(0.0, due - time.perf_counter()))
             asked = time.perf_counter()
-            status = caller.ask(texts[turn % len(texts)])
+            status = caller.ask(requests[turn % len(requests)])
             if asked > begin:
                 statuses[status] += 1
 
@@ -169,7 +184,7 @@ def overload(port: int, texts: list[str], rate: float, seconds: float) -> dict:
         caller = Caller(port)
         while time.perf_counter() < begin + seconds:
             asked = time.perf_counter()
-            assert caller.ask(None) == 200
+            assert caller.ask(HEALTH) == 200
             if asked > begin:
                 health.append(time.perf_counter() - asked)
             time.sleep(0.05)
@@ -211,6 +226,7 @@ def main() -> None:
     texts = read_folder(Path(folder) if folder else SAMPLE)[1].texts
     results = {name: {"start_seconds": [], "resident_mb": [], "loops": {n: [] for n in CALLERS}}
                for name in SERVERS}  # fmt: skip
+    requests = [request(text) for text in texts]
     bare, overloads = {"torch": [], "onnx": []}, []
     with tempfile.TemporaryDirectory() as place:
         make_checkpoint(Path(place))
@@ -221,7 +237,7 @@ def main() -> None:
                 server = Server(name, Path(place), texts[0])
                 result["start_seconds"].append(server.start_seconds)
                 for callers, loops in result["loops"].items():
-                    loops.append(closed_loop(server.port, texts, callers, args.seconds))
+                    loops.append(closed_loop(server.port, requests, callers, args.seconds))
                     print(f"round {number + 1}, {name}, {callers} callers:",
                           {k: round(v, 1) for k, v in loops[-1].items()}, flush=True)  # fmt: skip
                 result["resident_mb"].append(server.resident_mb())
@@ -229,7 +245,7 @@ def main() -> None:
                     best = max(loops[-1]["requests_per_second"]
                                for loops in result["loops"].values())  # fmt: skip
                     rate = OVERLOAD * best
-                    overloads.append(overload(server.port, texts, rate, args.seconds))
+                    overloads.append(overload(server.port, requests, rate, args.seconds))
                     overloads[-1]["share_of_best"] = overloads[-1]["ok_per_second"] / best
                     print("overload:", overloads[-1], flush=True)
                 server.stop()

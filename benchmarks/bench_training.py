@@ -1,10 +1,12 @@
-"""How fast training is here: against Trainer, the machine's GEMM, and processes that do not talk.
+"""How fast training is here, whole and in pieces, in one process and in several.
 
-python -m benchmarks.bench_training [--rounds 3] [--rows 480] [--out FILE]
+python -m benchmarks.bench_training [--quick] [--device cpu|cuda] [--minutes 35] [--out FILE]
 
-DistilBERT-base with random weights (speed does not depend on their values), real text lengths from
-AG_NEWS_DIR or else the sample, batch 32 in a process. Every round runs every variant, so that a
-noisy minute strikes all; figures are medians over rounds, ratios medians of the rounds' ratios.
+DistilBERT-base with random weights (speed does not depend on their values), or another --model;
+real text lengths, from AG_NEWS_DIR or else the sample. A round runs everything once: the real
+scripts, transformers' Trainer, and step_pieces.py for every world size, so that a noisy minute
+strikes all; then again, three times at most, as the minutes allow. A device is a GPU, or an equal
+share of the CPU's cores.
 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 shows a CPU with AMX as one without.
 """
 
@@ -13,26 +15,33 @@ import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F
 
+from benchmarks.cost_model import flops_per_sample
 from training import utils
-from training.dataset import prepare_data
-from training.model import Config, NewsClassifier, packaged_backbone
+from training.dataset import DataError, prepare_data
+from training.model import (
+    Config,
+    ModelError,
+    NewsClassifier,
+    find_backbone,
+    packaged_backbone,
+    read_config,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BATCH = 32
+BATCH = 32  # rows of a process's step in the real scripts and in Trainer
+WORLD_SIZES = (1, 2, 4)
 
 
 def make_backbone(folder: Path) -> None:
@@ -46,88 +55,127 @@ def make_backbone(folder: Path) -> None:
         shutil.copy(packaged_backbone() / name, folder)
 
 
-def flops_per_sample(config: Config, tokens: int) -> float:
-    """Floating-point operations that training spends on a row of `tokens` tokens in this model.
+def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[dict]:
+    """What step_pieces.py measures in a launch of `world_size` processes.
 
-    Two per multiply-add; backward costs twice the forward. In the last layer only keys and values
-    see all tokens: queries, output and feed-forward are computed for the first one alone.
+    The cost model learns what compute costs from those marked "calibration", and from them alone.
     """
-    d, h, t = config.dim, config.hidden_dim, tokens
-    layer = 2 * t * (4 * d * d + 2 * d * h) + 4 * t * t * d
-    last = 2 * t * 2 * d * d + 2 * (2 * d * d + 2 * d * h) + 4 * t * d
-    head = 2 * (d * d + d * config.num_labels)
-    return 3 * ((config.n_layers - 1) * layer + last + head)
-
-
-def gemm_rate(config: Config, dtype: torch.dtype, device: torch.device, seconds=3.0) -> float:
-    """FLOP/s of the model's own matrix products, a batch of 52-token rows, back to back."""
-    m, d, h = BATCH * 52, config.dim, config.hidden_dim
-    # in the proportion of a layer: query, key, value, output; up; down
-    shapes = [(d, d, 4), (d, h, 1), (h, d, 1)]
-    random = partial(torch.randn, dtype=dtype, device=device)
-    pairs = [(random(m, k), random(n, k), times) for k, n, times in shapes]
-
-    def one_pass():
-        for x, w, times in pairs:
-            for _ in range(times):
-                F.linear(x, w)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    one_pass()
-    began, passes = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        one_pass()
-        passes += 1
-    flops = passes * sum(2 * m * k * n * times for k, n, times in shapes)
-    return flops / (time.perf_counter() - began)
+    batches = (8, 16, 32) if quick else (8, 16, 32, 64, 128)
+    known = (8, 32) if quick else (16, 64)
+    middle = 16 if quick else 32  # a process's share in the waterfall
+    accumulations = (2,) if quick else (2, 4)
+    if world_size == 1:
+        chosen = [{"variant": "single", "micro": micro} for micro in batches]
+        for one in chosen:
+            one["calibration"] = one["micro"] in known
+        chosen += [{"variant": "single", "micro": 16, "accumulation": k} for k in accumulations]
+        if cuda:
+            chosen += [{"variant": "single", "micro": 32, "precision": "fp32"},
+                       {"variant": "single", "micro": 32, "compiled": True}]  # fmt: skip
+    else:
+        chosen = [{"variant": "no_sync", "micro": micro, "calibration": micro in known}
+                  for micro in sorted({*known, middle})]  # fmt: skip
+        chosen += [{"variant": "apart", "micro": middle}]
+        chosen += [{"variant": "ddp", "micro": micro} for micro in batches]
+        chosen += [{"variant": "ddp", "micro": 16, "accumulation": k} for k in accumulations]
+        chosen += [{"variant": "ddp", "micro": micro, "compression": kind}
+                   for kind in (("bf16",) if quick else ("bf16", "fp16"))
+                   for micro in ((8,) if quick else (8, 32))]  # fmt: skip
+        chosen += [{"variant": "ddp", "micro": micro, "sparse": True}
+                   for micro in ((8,) if quick else (8, 32))]  # fmt: skip
+    steps = (10 if quick else 30) if cuda else (2 if quick else 3)
+    return [{"precision": precision, "steps": steps} | one for one in chosen]
 
 
 class Bench:
-    def __init__(self, backbone: Path, source: str, rows: int, folder: Path):
+    """Starts what is measured; `devices` GPUs, or shares of the cores with `threads` each."""
+
+    def __init__(self, backbone: Path, source: str, rows: int, folder: Path, cuda, devices: int):
         self.backbone, self.source, self.rows, self.folder = backbone, source, rows, folder
-    def start(self, command: list, threads: int) -> subprocess.Popen:
-        env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        self.cuda, self.devices = cuda, devices
+        self.threads = max(1, utils.cores() // devices)
+
+    def start(self, command: list, threads: int, gpus: range) -> subprocess.Popen:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.devices))))
+        visible = ",".join(seen.split(",")[gpu] for gpu in gpus) if self.cuda else ""
+        env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
+               "CUDA_VISIBLE_DEVICES": visible,
+               "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}  # fmt: skip
         return subprocess.Popen(
-            [*map(str, command)], cwd=self.folder, env=os.environ | env,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            [sys.executable, *map(str, command)], cwd=self.folder, env=os.environ | env,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    def ours(self, launcher: list, threads: int, rows: int, global_batch: int, name: str):
-        """Starts one of the real scripts; the function returned waits and gives its samples/s."""
-        report = self.folder / f"{name}.json"
-        flags = ["--model", self.backbone, "--data", self.source, "--max-train-samples", rows,
-                 "--max-eval-samples", 8, "--epochs", 1, "--global-batch-size", global_batch,
-                 "--resume", "never", "--checkpoint-dir", self.folder / name,
-                 "--report", report]  # fmt: skip
-        process = self.start([*launcher, *flags], threads)
+    def finish(self, process: subprocess.Popen) -> str:
+        out, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{out}\nerror: {shlex.join(map(str, process.args))} failed")
+        return out
 
-        def wait() -> float:
-            out, _ = process.communicate()
-            assert process.returncode == 0, out
-            epoch = json.loads(report.read_text())["epochs"][0]
-            return rows / (epoch["seconds"] + epoch["warmup_seconds"])
+    def launch(self, world_size: int) -> list:
+        if world_size == 1:
+            return []
+        launcher = ROOT / "training" / "launch.py"
+        return [launcher, "--standalone", "--nproc-per-node", world_size]
+
+    def script(self, world_size: int, threads: int, name: str, device=0):
+        """Starts a real script at BATCH rows a process; what is returned waits for its record."""
+        report = self.folder / f"{name}.json"
+        script = ROOT / "training" / ("train_ddp.py" if world_size > 1 else "train_single.py")
+        flags = ["--model", self.backbone, "--data", self.source, "--max-train-samples",
+                 world_size * self.rows, "--max-eval-samples", 8, "--epochs", 1,
+                 "--global-batch-size", world_size * BATCH, "--resume", "never",
+                 "--checkpoint-dir", self.folder / name, "--report", report]  # fmt: skip
+        gpus = range(device, device + world_size)
+        process = self.start([*self.launch(world_size), script, *flags], threads, gpus)
+
+        def wait() -> dict:
+            self.finish(process)
+            record = json.loads(report.read_text())
+            epoch = record["epochs"][0]
+            rate = record["train_samples"] / (epoch["seconds"] + epoch["warmup_seconds"])
+            return {"samples_per_second": rate, "peak_memory_mb": record["peak_memory_mb"]}
 
         return wait
 
-    def trainer(self, *flags: str) -> float:
-        command = [sys.executable, "-m", "benchmarks.trainer_baseline", self.backbone, self.source]
-        process = self.start([*command, self.rows, *flags], os.cpu_count())
-        out, _ = process.communicate()
-        assert process.returncode == 0, out
-        return json.loads(out.splitlines()[-1])["samples_per_second"]
+    def trainer(self, *flags: str) -> dict:
+        command = ["-m", "benchmarks.trainer_baseline", self.backbone, self.source, self.rows]
+        process = self.start([*command, *flags], self.threads * self.devices, range(1))
+        return json.loads(self.finish(process).splitlines()[-1])
 
-    def round(self) -> dict[str, float]:
-        single = [sys.executable, ROOT / "training" / "train_single.py"]
-        launch = [sys.executable, ROOT / "training" / "launch.py", "--standalone"]
-        ddp = [*launch, "--nproc-per-node", 2, ROOT / "training" / "train_ddp.py"]
-        cores, half = os.cpu_count(), max(1, os.cpu_count() // 2)
-        result = {"ours": self.ours(single, cores, self.rows, BATCH, "ours")()}
+    def scripts(self) -> dict[str, dict]:
+        """The real scripts and Trainer: one process has all cores, or one GPU."""
+        cores = self.threads * self.devices
+        result = {"single": self.script(1, cores, "single")()}
         result["trainer_best"] = self.trainer("--best")
         result["trainer_defaults"] = self.trainer()
-        result["ddp"] = self.ours(ddp, half, 2 * self.rows, 2 * BATCH, "ddp")()
-        apart = [self.ours(single, half, self.rows, BATCH, name) for name in ("apart0", "apart1")]
-        result["two_apart"] = sum(wait() for wait in apart)
+        result["naive"] = self.trainer("--pad-to-max")
+        if self.devices > 1:
+            result["ddp"] = self.script(2, self.threads, "ddp")()
+            apart = [self.script(1, self.threads, f"apart{n}", device=n) for n in range(2)]
+            rates = [wait()["samples_per_second"] for wait in apart]
+            result["two_apart"] = {"samples_per_second": sum(rates)}
+        return result
+
+    def pieces(self, world_size: int, threads: int, chosen: list[dict], precision: str) -> dict:
+        plan, out = self.folder / "plan.json", self.folder / "out.json"
+        plan.write_text(json.dumps({"backbone": str(self.backbone), "source": self.source,
+                                    "precision": precision, "settings": chosen}))  # fmt: skip
+        command = [*self.launch(world_size), "-m", "benchmarks.step_pieces", plan, out]
+        self.finish(self.start(command, threads, range(world_size)))
+        return json.loads(out.read_text())
+
+    def round(self, precision: str, quick: bool) -> dict:
+        result = {"scripts": self.scripts(), "pieces": {}}
+        for world_size in (n for n in WORLD_SIZES if n <= self.devices):
+            chosen = settings(world_size, precision, self.cuda, quick)
+            result["pieces"][str(world_size)] = self.pieces(
+                world_size, self.threads, chosen, precision
+            )
+        if not (self.cuda or quick) and self.devices > 1:  # what one process makes of all cores
+            chosen = settings(1, precision, False, quick)
+            cores = self.threads * self.devices
+            result["pieces"]["all cores"] = self.pieces(1, cores, chosen, precision)
         return result
 
 
@@ -135,50 +183,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=480, help="rows of each process in each run")
-    parser.add_argument("--out", type=Path, default=RESULTS / "training_speed.json")
+    parser.add_argument("--quick", action="store_true", help="one small round, for a first look")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    parser.add_argument("--model", default="base", help="packaged, a name or a folder (default: "
+                        "DistilBERT-base's shape, random weights)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=35, help="no round starts that would end "
+                        "later, but for the first")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_speed.json; "
+                        "with --quick: runs/training_speed_quick.json")  # fmt: skip
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise utils.UsageError("--device cuda needs a GPU, and none is visible; use --device cpu")
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    device = torch.device("cuda" if cuda else "cpu")
+    devices = torch.cuda.device_count() if cuda else utils.cores()
+    devices = max(n for n in WORLD_SIZES if n <= devices)
     precision, _ = utils.choose_precision("auto", device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     source = os.environ.get("AG_NEWS_DIR", "sample")
     source = source if source == "sample" else str(Path(source).resolve())
-    rounds = []
+    rows = {(False, True): 64, (False, False): 192, (True, True): 1920, (True, False): 9600}
+    rounds, began = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        backbone = Path(folder) / "backbone"
-        backbone.mkdir()
-        make_backbone(backbone)
-        lengths = prepare_data(source, backbone, 128, args.rows, 8).train.lengths
-        flops = statistics.fmean(flops_per_sample(Config(), int(t)) for t in lengths)
-        bench = Bench(backbone, source, args.rows, Path(folder))
-        for number in range(args.rounds):
-            rounds.append({"gemm": gemm_rate(Config(), dtype, device)} | bench.round())
-            figures = {name: round(value, 2) for name, value in rounds[-1].items()}
-            print(f"round {number + 1}:", figures, flush=True)
-    ratios = {
-        "ours over Trainer's defaults": [r["ours"] / r["trainer_defaults"] for r in rounds],
-        "ours over Trainer's best flags": [r["ours"] / r["trainer_best"] for r in rounds],
-        "ours over the GEMM rate": [r["ours"] * flops / r["gemm"] for r in rounds],
-        "two DDP processes over two that do not talk": [r["ddp"] / r["two_apart"] for r in rounds],
-    }
+        if args.model == "base":
+            backbone, model = Path(folder) / "backbone", "DistilBERT-base, random weights"
+            backbone.mkdir()
+            make_backbone(backbone)
+        else:
+            backbone, model, _ = find_backbone(args.model)
+        config = read_config(json.loads((backbone / "config.json").read_text()))
+        data = prepare_data(source, backbone, 128, rows[cuda, args.quick], 8).train
+        flops = fmean(flops_per_sample(config, int(tokens)) for tokens in data.lengths)
+        bench = Bench(backbone.resolve(), source, len(data), Path(folder), cuda, devices)
+        while len(rounds) < (1 if args.quick else 3):
+            rounds.append(bench.round(precision, args.quick))
+            minutes = (time.perf_counter() - began) / 60
+            rates = {name: round(figures["samples_per_second"], 1)
+                     for name, figures in rounds[-1]["scripts"].items()}  # fmt: skip
+            print(f"round {len(rounds)}, after {minutes:.1f} min, samples/s:", rates, flush=True)
+            if minutes * (len(rounds) + 1) / len(rounds) > args.minutes:
+                break
     command = ["python", "-m", "benchmarks.bench_training", *sys.argv[1:]]
     record = {
         "script": "bench_training", "command": shlex.join(command), "host": utils.host(device),
-        "versions": utils.versions(), "git_commit": utils.git_commit(),
+        "device": device.type, "devices": devices, "versions": utils.versions(),
+        "git_commit": utils.git_commit(), "minutes": (time.perf_counter() - began) / 60,
         "data": source if source == "sample" else f"folder {Path(source).name}",
-        "model": "DistilBERT-base, random weights", "precision": precision, "batch": BATCH,
+        "model": model, "config": asdict(config), "precision": precision, "batch": BATCH,
         "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the CPU has"),
-        "rows": args.rows, "mean_tokens": float(lengths.mean()),
+        "rows": len(data), "mean_tokens": float(data.lengths.mean()),
         "gflop_per_sample": flops / 1e9, "rounds": rounds,
-        "medians": {name: statistics.median(r[name] for r in rounds) for name in rounds[0]},
-        "ratios": {name: {"median": statistics.median(v), "all": v} for name, v in ratios.items()},
     }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    for name, values in ratios.items():
-        print(f"{name}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+    default = ROOT / "runs" / "training_speed_quick.json"
+    out = args.out or (default if args.quick else RESULTS / "training_speed.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    main()
+    with utils.one_line_errors(ModelError, DataError, utils.UsageError):
+        main()

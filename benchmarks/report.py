@@ -4,18 +4,24 @@ In the README files a table stands between `<!-- records: NAME -->` and `<!-- en
 WRITTEN are written whole. Nothing there is typed by hand.
 """
 
-import json
 import re
 from pathlib import Path
 from statistics import median
 
+from benchmarks.speed import RESULTS, Speed, read
+from benchmarks.training_pages import (
+    ddp_page,
+    plots,
+    records,
+    single_page,
+    spread,
+    table,
+    weak,
+)
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "benchmarks" / "plots"
 PAGES = [ROOT / "README.md", ROOT / "training" / "sample_data" / "README.md"]
-
-
-def read(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def accuracy() -> str:
@@ -55,25 +61,25 @@ def accuracy() -> str:
 
 
 def speed() -> str:
-    names = sorted(path.stem for path in RESULTS.glob("training_speed*.json"))
-    records = {name: read(name) for name in names}
-    first = records["training_speed"]
-    rows = [
-        "| | " + " | ".join(record["instructions"] for record in records.values()) + " |",
-        "|---|" + "---|" * len(records),
-    ]
-    for name in first["ratios"]:
-        cells = (spread(record["ratios"][name]["all"], 2) for record in records.values())
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    rates = (spread([r["ours"] for r in record["rounds"]]) for record in records.values())
-    rows.append("| our samples/s in one process | " + " | ".join(rates) + " |")
-    links = ", ".join(f"[{name}](benchmarks/results/{name}.json)" for name in records)
+    speeds = records()
+    first = next(iter(speeds.values())).record
+    rows = [["ours over Trainer's defaults",
+             lambda s: s.script_ratio("single", "trainer_defaults")],
+            ["ours over Trainer's best flags", lambda s: s.script_ratio("single", "trainer_best")],
+            ["ours over the rate of its matrix products", Speed.gemm_share],
+            ["two DDP processes over two that do not talk",
+             lambda s: s.script_ratio("ddp", "two_apart")],
+            ["DDP's weak speed-up on two devices", lambda s: weak(s, first["batch"])[0]],
+            ["our samples/s in one process", lambda s: s.scripts("single")]]  # fmt: skip
+    cells = [[name, *(spread(f(s), 1 if "samples/s" in name else 2) for s in speeds.values())]
+             for name, f in rows]  # fmt: skip
     words = (
-        f"{first['model']}, batch {first['batch']}, {first['precision']}, real text lengths, "
-        f"{len(first['rounds'])} interleaved rounds on {first['host']}: median, lowest and highest "
-        f"({links}). GEMM rate: the model's own matrix products, back to back."
+        f"{first['model']}, batch {first['batch']}, {first['precision']}, real text lengths: "
+        "median, lowest and highest round. One process in full: "
+        "[single_gpu.md](benchmarks/single_gpu.md). Why two are not twice one: "
+        "[ddp_2gpu.md](benchmarks/ddp_2gpu.md)."
     )
-    return "\n".join([words, "", *rows])
+    return "\n".join([words, "", *table(["", *speeds], cells)]).rstrip()
 
 
 def sample() -> str:
@@ -83,13 +89,6 @@ def sample() -> str:
         f"{run['test_samples']:,} real AG News test rows as AG News does (record: "
         "`benchmarks/results/sample_on_agnews.json`)."
     )
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """The median, and the lowest and highest beside it where they differ."""
-    text = f"{median(values):.{digits}f}"
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    return text if low == high else f"{text} ({low} to {high})"
 
 
 def each(loops: list[dict], name: str) -> list[float]:
@@ -206,7 +205,11 @@ def inference_page() -> str:
 
 
 TABLES = {"accuracy": accuracy, "speed": speed, "sample": sample, "serving": serving}
-WRITTEN = {ROOT / "benchmarks" / "inference.md": inference_page}
+WRITTEN = {
+    ROOT / "benchmarks" / "inference.md": inference_page,
+    ROOT / "benchmarks" / "single_gpu.md": single_page,
+    ROOT / "benchmarks" / "ddp_2gpu.md": ddp_page,
+}
 
 
 def fill(text: str) -> str:
@@ -224,3 +227,10 @@ if __name__ == "__main__":
         page.write_text(fill(page.read_text()))
     for page, write in WRITTEN.items():
         page.write_text(write())
+    PLOTS.mkdir(exist_ok=True)
+    drawn = plots()
+    for old in PLOTS.glob("*.svg"):
+        if old.name not in drawn:
+            old.unlink()
+    for name, content in drawn.items():
+        (PLOTS / name).write_bytes(content)

@@ -1,7 +1,8 @@
 """The same fine-tuning by transformers' Trainer, for comparison; prints the samples/s of its steps.
 
-python -m benchmarks.trainer_baseline BACKBONE DATA ROWS           its defaults, batch 32
-python -m benchmarks.trainer_baseline BACKBONE DATA ROWS --best    its fastest flags for this host
+python -m benchmarks.trainer_baseline BACKBONE DATA ROWS                 its defaults, batch 32
+python -m benchmarks.trainer_baseline BACKBONE DATA ROWS --best          its best flags on this host
+python -m benchmarks.trainer_baseline BACKBONE DATA ROWS --pad-to-max    all rows 128 tokens long
 """
 
 import json
@@ -56,7 +57,8 @@ def main() -> None:
             save_strategy="no", logging_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(), **flags,  # without it bf16 is refused on a CPU
         )  # fmt: skip
-        collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(backbone))
+        padding = {"padding": "max_length", "max_length": 128} if "--pad-to-max" in sys.argv else {}
+        collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(backbone), **padding)
         Trainer(model, args, collator, dataset, callbacks=[clock]).train()
     print(json.dumps({"samples_per_second": rows / clock.seconds, "flags": flags}))
 

@@ -17,11 +17,13 @@ from torch import nn
 from torch.utils.data import DistributedSampler
 
 import dataset
+import gradients
 import utils
 
 seen = {"grads": [], "rows": [], "buckets": []}
 parameters = []
 buckets = 0
+share_gradients = gradients.share_gradients
 
 
 def watch_gradients(clip):
@@ -48,7 +50,10 @@ def watch_rows(steps_of):
     return watched
 
 
-def count_buckets(model, kind):
+def count_buckets(model, compression, sparse):
+    if compression != "none" or sparse:
+        return share_gradients(model, compression, sparse)
+
     def hook(group, bucket):
         global buckets
         buckets += 1
@@ -65,7 +70,7 @@ def main() -> None:
     sys.argv = [script, *flags]
     nn.utils.clip_grad_norm_ = watch_gradients(nn.utils.clip_grad_norm_)
     dataset.LengthWindows.__iter__ = watch_rows(dataset.LengthWindows.__iter__)
-    utils.compress_gradients = count_buckets
+    gradients.share_gradients = count_buckets
     if os.environ.get("NO_SET_EPOCH"):
         DistributedSampler.set_epoch = lambda self, epoch: None
     torch.use_deterministic_algorithms(True)

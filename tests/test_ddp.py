@@ -11,6 +11,7 @@ from ranks import ROOT, environment, observe, run_ranks
 from torch.nn import functional as F
 
 import dataset
+import gradients
 import utils
 from inference.model_loader import Classifier
 from model import Config, NewsClassifier, load_backbone
@@ -39,9 +40,8 @@ def whole_batch_gradient(backbone, news, rows, seed=0):
     model.train()  # the backbone's dropouts are 0
     input_ids, mask, labels = dataset.collate([data.train[i] for i in range(rows)])
     F.cross_entropy(model(input_ids, mask).logits, labels).backward()
-    gradients = dict(model.named_parameters())
-    gradients = [gradients[name].grad for name, _ in ours.named_parameters()]
-    return gradients
+    theirs = dict(model.named_parameters())
+    return [theirs[name].grad for name, _ in ours.named_parameters()]
 
 
 # One step holds all training rows, so every split of it is the same batch. 22 rows of 24: the step
@@ -173,13 +173,46 @@ def test_evaluation_is_exact_at_any_world_size(
         assert round(answer["accuracy"] * 53, 6) == correct
 
 
+@pytest.mark.parametrize("world_size, micro", [(2, 12), (2, 6), (3, 8)])
+def test_sparse_embeddings_change_no_gradient(
+    calm_backbone, news_folder, tmp_path, world_size, micro
+):
+    run = flags(calm_backbone, news_folder, tmp_path / "c", "--max-train-samples", 24)
+    run += ["--epochs", "3", "--global-batch-size", "24", "--micro-batch-size", str(micro)]
+    ranks = observe(world_size, [*run, "--sparse-embeddings"], tmp_path)
+    expected = whole_batch_gradient(calm_backbone, news_folder, 24)
+    for rank in ranks:
+        assert relative_error(rank.seen["grads"][0], expected) < 1e-6
+        for mine, other in zip(rank.seen["weights"], ranks[0].seen["weights"], strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_sparse_embeddings_send_only_the_rows_that_were_touched(monkeypatch):
+    sent = []
+
+    def gather(everyone, mine):
+        sent.append(mine.shape)
+        everyone[0].copy_(mine)
+
+    monkeypatch.setattr(gradients.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(gradients.dist, "all_reduce", lambda tensor, op: None)
+    monkeypatch.setattr(gradients.dist, "all_gather", gather)
+    gradient = torch.zeros(1000, 8)
+    gradient[[3, 700]] = torch.randn(2, 8)
+    before = gradient.clone()
+    gradients.average_rows(gradient, torch.float32)
+    assert sent == [(2,), (2, 8)]  # their numbers, then themselves
+    assert torch.equal(gradient, before)
+
+
 def test_gradient_compression_changes_little(calm_backbone, news_folder, tmp_path):
     losses = []
     for kind in ("none", "bf16", "fp16"):
+        more = ["--sparse-embeddings"] if kind == "fp16" else []  # the two go together
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc-per-node", "2", ROOT / "training" / "train_ddp.py",
                    *flags(calm_backbone, news_folder, tmp_path / kind, "--epochs", 1,
-                          "--max-steps", 4, "--grad-compression", kind)]  # fmt: skip
+                          "--max-steps", 4, "--grad-compression", kind, *more)]  # fmt: skip
         done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment(),
                               capture_output=True, text=True, timeout=120)  # fmt: skip
         assert done.returncode == 0, done.stderr

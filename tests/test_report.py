@@ -17,6 +17,13 @@ def test_a_written_page_comes_back_byte_for_byte(page):
     assert report.WRITTEN[page]() == page.read_text()
 
 
+def test_plots_come_back_byte_for_byte():
+    drawn = report.plots()
+    assert {path.name for path in report.PLOTS.glob("*.svg")} == drawn.keys()
+    for name, content in drawn.items():
+        assert (report.PLOTS / name).read_bytes() == content
+
+
 def test_a_figure_that_was_typed_in_is_noticed():
     text = "<!-- records: sample -->\n0.99\n<!-- end -->"
     assert report.fill(text) != text

@@ -28,6 +28,7 @@ from dataset import (
     prepare_data,
     train_loader,
 )
+from gradients import share_gradients
 from model import ModelError, find_backbone, load_backbone
 from utils import print0
 
@@ -61,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     add("--backend", choices=["auto", "nccl", "gloo"], default="auto", help="auto: nccl on GPUs")
     add("--grad-compression", choices=["none", "fp16", "bf16"], default="none")
+    add("--sparse-embeddings", action="store_true", help="send only the rows that a step touched")
     # what is kept
     add("--checkpoint-dir", type=Path, default=Path(__file__).parent.parent / "checkpoints")
     add("--save-every", type=int, default=1000, help="steps between two saves of last.pt")
@@ -135,7 +137,7 @@ def main() -> None:
     model = DistributedDataParallel(
         raw_model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
-    utils.compress_gradients(model, args.grad_compression)
+    share_gradients(model, args.grad_compression, args.sparse_embeddings)
     watch = utils.Stopwatch(device, at)
     bar = utils.Progress(at, steps, total_steps)
     for epoch in range(at["epoch"], args.epochs):
@@ -159,7 +161,7 @@ def main() -> None:
                     logits = model(put(input_ids), put(attention_mask)).float()
                 labels = put(labels)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                # divided by the whole step's rows: shares may be uneven, so no mean of means.
+                # divided by the whole step's rows: parts may be uneven, so no mean of means
                 # world_size undoes DDP's own division, which takes the mean over ranks
                 scaler.scale(loss * world_size / step_rows).backward()
                 totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])

@@ -131,7 +131,7 @@ def main() -> None:
                     logits = model(put(input_ids), put(attention_mask)).float()
                 labels = put(labels)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                # divided by the whole step's rows: micro-batches may be uneven, so no mean of means
+                # divided by the whole step's rows: parts may be uneven, so no mean of means
                 scaler.scale(loss / step_rows).backward()
                 totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
             scaler.unscale_(optimizer)  # the limit is meant for the true gradients

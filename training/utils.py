@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -290,29 +289,6 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def compress_gradients(model, kind: str) -> None:
-    """Has DDP all-reduce 16-bit copies of its gradient buckets: half the bytes, and rounded.
-
-    On NCCL by torch's own hooks; it refuses the bf16 one on gloo. The hook for gloo waits for its
-    bucket, so that no Python callback is left to gloo's threads.
-    """
-    if kind == "none":
-        return
-    if dist.get_backend() != "gloo":
-        hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
-        return model.register_comm_hook(None, hooks[kind])
-    dtype, (_, world_size) = {"fp16": torch.float16, "bf16": torch.bfloat16}[kind], rank_info()
-
-    def hook(state, bucket):
-        halved = bucket.buffer().to(dtype).div_(world_size)  # before the sum, which could overflow
-        dist.all_reduce(halved)
-        done = torch.futures.Future()
-        done.set_result(bucket.buffer().copy_(halved))
-        return done
-
-    model.register_comm_hook(None, hook)
-
-
 def is_bad(loss_sum: float | None) -> bool:
     return loss_sum is not None and not math.isfinite(loss_sum)
 
@@ -449,6 +425,11 @@ def end_epoch(at: dict, train: tuple, val: tuple, model: nn.Module, patience: in
 # The run record
 
 
+def cores() -> int:
+    """Those this process may use; fewer than the machine's where it was given a part of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def host(device: torch.device) -> str:
     """The machine in a few words: its GPU, or its processor and the cores this process may use."""
     if device.type == "cuda":
@@ -458,8 +439,7 @@ def host(device: torch.device) -> str:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    able = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return f"{name}, {len(able)} cores"
+    return f"{name}, {cores()} cores"
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,97 @@
+"""The repo as one script that Kaggle runs on two T4s: make kaggle
+
+A pushed kernel is a single file, so what training and measuring need travels inside it. Then, with
+Kaggle's own client and its API token:
+
+kaggle kernels push -p build/kaggle
+kaggle kernels output USER/distrinews -p build/kaggle/out     # when it has run
+"""
+
+import base64
+import getpass
+import io
+import json
+import lzma
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "build" / "kaggle"
+CONTENT = ["training", "benchmarks", "README.md", "requirements.txt", "requirements-dev.txt"]
+
+KERNEL = '''"""DistriNews on Kaggle, made by `make kaggle` from commit {commit}. Choose GPU T4 x2.
+
+What it does once it has unpacked itself is in benchmarks/kaggle/run.py.
+"""
+
+import base64
+import io
+import lzma
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+CONTENT = """
+{content}
+"""
+
+place = Path("distrinews").resolve()  # below the folder that Kaggle keeps, /kaggle/working
+packed = io.BytesIO(lzma.decompress(base64.b85decode(CONTENT.replace("\\n", ""))))
+with tarfile.open(fileobj=packed) as files:
+    files.extractall(place, filter="data")
+command = [sys.executable, "-m", "benchmarks.kaggle.run", str(Path.cwd()), *sys.argv[1:]]
+sys.exit(subprocess.run(command, cwd=place).returncode)
+'''
+
+
+def user() -> str:
+    """The Kaggle account: KAGGLE_USERNAME, else the API token's file, else this machine's user."""
+    if name := os.environ.get("KAGGLE_USERNAME"):
+        return name
+    try:
+        return json.loads((Path.home() / ".kaggle" / "kaggle.json").read_text())["username"]
+    except (OSError, ValueError, KeyError):
+        return getpass.getuser()
+
+
+def git(*args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def content() -> bytes:
+    """The tracked files of CONTENT as they are now, with the commit that the records will name."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as files:
+        for name in sorted(git("ls-files", *CONTENT).split("\n")[:-1]):
+            if not name.startswith("benchmarks/plots"):
+                files.add(ROOT / name, name)
+    return lzma.compress(packed.getvalue())
+
+
+def main(out: Path = OUT) -> None:
+    commit = git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").strip()
+    packed = base64.b85encode(content()).decode()
+    lines = "\n".join(packed[i : i + 100] for i in range(0, len(packed), 100))
+    out.mkdir(parents=True, exist_ok=True)
+    kernel = KERNEL.replace("{commit}", commit).replace("{content}", lines)
+    (out / "kernel.py").write_text(kernel)
+    name = f"{user()}/distrinews"
+    metadata = {
+        "id": name, "title": "distrinews", "code_file": "kernel.py", "language": "python",
+        "kernel_type": "script", "is_private": True, "enable_gpu": True, "enable_internet": True,
+        "machine_shape": "NvidiaTeslaT4",  # two of them
+        "dataset_sources": [], "model_sources": [], "competition_sources": [], "kernel_sources": [],
+    }  # fmt: skip
+    (out / "kernel-metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
+    place = os.path.relpath(out)
+    print(f"wrote {place}/kernel.py, {len(kernel) / 2**10:.0f} KiB; next, with Kaggle's client:")
+    print(f"kaggle kernels push -p {place}")
+    print(f"kaggle kernels output {name} -p {place}/out    # when it has run")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The benchmark on Kaggle's two T4s, from preflight to finished pages; kernel.py starts it.
+
+python -m benchmarks.kaggle.run WORKING [--quick] [--model NAME]
+
+--quick: the sample, one epoch, one small round; also on a CPU, to see that it runs. Checkpoints,
+records and pages end up in WORKING.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+NEEDED = ("transformers", "datasets", "tqdm", "accelerate", "matplotlib")
+# peer-to-peer between Kaggle's cards is known to hang or crash at the first collective
+ATTEMPTS = (
+    {},
+    {"NCCL_P2P_DISABLE": "1"},
+    {"NCCL_P2P_DISABLE": "1", "NCCL_CUMEM_ENABLE": "0"},
+)
+
+
+def run(*command, seconds: float | None = None, **extra: str) -> None:
+    words = list(map(str, command))
+    print("\n$", " ".join([f"{k}={v}" for k, v in extra.items()] + words), flush=True)
+    subprocess.run(words, cwd=ROOT, check=True, timeout=seconds, env=os.environ | extra)
+
+
+def install() -> None:
+    """What the image lacks; torch stays the image's own."""
+    if not all(map(importlib.util.find_spec, NEEDED)):
+        files = ("requirements.txt", "requirements-dev.txt")
+        lines = "\n".join((ROOT / name).read_text() for name in files)
+        wanted = re.findall(rf"^(?:{'|'.join(NEEDED)})[^#\s]*", lines, re.MULTILINE)
+        run(sys.executable, "-m", "pip", "install", "--quiet", *wanted)
+
+
+def preflight(processes: int) -> dict:
+    """A timed all-reduce, and the environment with which it works; raises if none does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={processes}", "benchmarks/kaggle/preflight.py"]  # fmt: skip
+    for extra in ATTEMPTS:
+        print(f"\nall-reduce between {processes} processes with {extra or 'no settings'}:", end=" ")
+        env = os.environ | extra | {"NCCL_DEBUG": "INFO"}
+        process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            print("hangs", flush=True)
+            continue
+        answer = re.search(r"^\{.*\}$", said, re.MULTILINE)
+        if process.returncode or not answer:
+            print(f"fails ({said.strip().splitlines()[-1][:200]})", flush=True)
+            continue
+        via = sorted(set(re.findall(r"via (\S+)", said))) or ["gloo"]
+        figures = json.loads(answer[0]) | {"environment": extra, "transport": via}
+        print(f"{1e3 * figures['seconds']:.1f} ms for 64 MiB, {figures['gb_per_second']:.2f} GB/s, "
+              f"by {', '.join(via)}", flush=True)  # fmt: skip
+        return figures
+    raise SystemExit("error: no all-reduce works between these devices; see above")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("working", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--model", help="instead of distilbert-base-uncased")
+    args = parser.parse_args()
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    print("GPUs:", ", ".join(gpus) or "none", flush=True)
+    if not args.quick and len(gpus) < 2:
+        sys.exit("error: two GPUs are needed: choose the accelerator GPU T4 x2 (verified accounts "
+                 "only), or see that it runs at all with --quick")  # fmt: skip
+    install()
+    checked = preflight(max(2, len(gpus)))
+    os.environ |= checked["environment"]
+    (RESULTS / "kaggle_preflight.json").write_text(json.dumps(checked | {"gpus": gpus}, indent=1))
+
+    model, speed = args.model or "distilbert-base-uncased", ["--minutes", "30"]
+    data = ["--data", "sample", "--epochs", "1"] if args.quick else []
+    if args.quick:
+        speed = ["--quick", *(["--model", args.model] if args.model else [])]
+    flags = ["--model", model, *data, "--resume", "never", "--checkpoint-dir"]
+    run(sys.executable, "training/train_single.py", *flags, args.working / "checkpoints_single",
+        "--report", RESULTS / "kaggle_single.json", CUDA_VISIBLE_DEVICES="0" if gpus else "")
+    run("bash", "training/run_ddp.sh", *flags, args.working / "checkpoints",
+        "--report", RESULTS / "kaggle_ddp.json")  # fmt: skip
+    run(sys.executable, "-m", "benchmarks.bench_training", *speed,
+        "--out", RESULTS / "training_speed_kaggle.json")  # fmt: skip
+    run(sys.executable, "-m", "benchmarks.report")
+    for kept in ("results", "plots", "single_gpu.md", "ddp_2gpu.md"):
+        source, target = ROOT / "benchmarks" / kept, args.working / "benchmarks" / kept
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copy(source, target)
+    shutil.rmtree(ROOT)  # what is left is what was made
+    print(f"\ndone: {args.working}/benchmarks/ddp_2gpu.md, records, checkpoints", flush=True)
+
+
+if __name__ == "__main__":
+    main()

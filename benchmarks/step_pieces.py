@@ -1,0 +1,252 @@
+"""Times the pieces of a training step, in one process or as a rank; bench_training.py starts it.
+
+python -m benchmarks.step_pieces PLAN.json OUT.json
+
+The step is that of training/train_ddp.py, cut where a clock has to be read. Its rows are real: step
+s of n takes those around quantile (s + 1/2)/n of length, so every batch size sees the same mean.
+"""
+
+import copy
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.cost_model import MIB
+from training import utils
+from training.dataset import collate, prepare_data
+from training.gradients import average, average_rows, share_gradients
+from training.model import Config, load_backbone
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def gemm_rate(config: Config, dtype: torch.dtype, device: torch.device, rows=32, seconds=2.0):
+    """FLOP/s of the model's own matrix products, a batch of 52-token rows, back to back."""
+    m, d, h = rows * 52, config.dim, config.hidden_dim
+    # in the proportion of a layer: query, key, value, output; up; down
+    shapes = [(d, d, 4), (d, h, 1), (h, d, 1)]
+    random = partial(torch.randn, dtype=dtype, device=device)
+    pairs = [(random(m, k), random(n, k), times) for k, n, times in shapes]
+
+    def one_pass():
+        for x, w, times in pairs:
+            for _ in range(times):
+                F.linear(x, w)
+
+    one_pass()
+    began, passes = now(device), 0
+    while time.perf_counter() - began < seconds:
+        for _ in range(1 if device.type == "cpu" else 50):
+            one_pass()
+            passes += 1
+        now(device)
+    flops = passes * sum(2 * m * k * n * times for k, n, times in shapes)
+    return flops / (now(device) - began)
+
+
+class Rank:
+    """A model in training, and the clock beside its steps."""
+
+    def __init__(self, plan: dict):
+        self.rank, self.world_size = utils.rank_info()
+        self.device, backend = utils.choose_device("auto" if self.world_size > 1 else None)
+        if self.world_size > 1:  # as in train_ddp.py
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
+                device_id=self.device if backend == "nccl" else None,
+            )
+        torch.manual_seed(0)
+        folder = Path(plan["backbone"])
+        self.data = prepare_data(plan["source"], folder, 128, None, 8).train
+        self.order = self.data.lengths.argsort(kind="stable")
+        self.raw_model = load_backbone(folder).to(self.device)
+        self.models = {}
+
+    def kind(self, setting: dict) -> tuple[bool, str, bool, bool]:
+        """(whether DDP wraps it, its compression, sparse embeddings, whether it is compiled)."""
+        wrapped = setting["variant"] in ("ddp", "no_sync")
+        choices = (setting.get(name, False) for name in ("sparse", "compiled"))
+        return wrapped, setting.get("compression", "none"), *choices
+
+    def model(self, setting: dict) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model of a setting and its optimizer, made once; copies, so that none is disturbed.
+
+        lr 0: the work is the same and the weights stay, also on ranks that do not talk.
+        """
+        kind = self.kind(setting)
+        if kind not in self.models:
+            model = copy.deepcopy(self.raw_model)
+            optimizer = utils.make_optimizer(model, 0.0)
+            if kind[0]:
+                devices = [self.device] if self.device.type == "cuda" else None
+                model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+                share_gradients(model, kind[1], kind[2])
+            if kind[3]:
+                model = torch.compile(model, dynamic=True)
+            self.models[kind] = model, optimizer
+        return self.models[kind]
+
+    def rows(self, setting: dict, number: int) -> list[list[int]]:
+        """This rank's row numbers for the micro-batches of a step."""
+        micro, k = setting["micro"], setting.get("accumulation", 1)
+        count = micro * k * self.world_size
+        centre = int(len(self.order) * (number + 0.5) / setting["steps"])
+        start = min(max(0, centre - count // 2), max(0, len(self.order) - count))
+        places = range(start + self.rank, start + count, self.world_size)
+        mine = [self.order[place % len(self.order)] for place in places]
+        return [mine[i * micro : (i + 1) * micro] for i in range(k)]
+
+    def step(self, setting: dict, number: int) -> dict[str, float]:
+        """One optimizer step: the seconds of its pieces, and its padded tokens a micro-batch."""
+        model, optimizer = self.model(setting)
+        variant, precision = setting["variant"], setting["precision"]
+        autocast = utils.autocast(self.device, precision)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        put = partial(Tensor.to, device=self.device, non_blocking=True)
+        rows = self.rows(setting, number)
+        times = [now(self.device)]
+        batches = [collate([self.data[i] for i in micro]) for micro in rows]
+        times.append(now(self.device))
+        for micro_step, (input_ids, attention_mask, labels) in enumerate(batches, 1):
+            talks = variant == "ddp" and micro_step == len(batches)
+            quiet = model.no_sync() if variant in ("ddp", "no_sync") and not talks else None
+            with autocast(), quiet or nullcontext():
+                logits = model(put(input_ids), put(attention_mask)).float()
+            loss = F.cross_entropy(logits, put(labels), reduction="sum")
+            scaler.scale(loss / sum(map(len, rows))).backward()
+        times.append(now(self.device))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        times.append(now(self.device))
+        if variant != "apart":
+            utils.reduce_max(0)
+        times.append(now(self.device))
+        pieces = [after - before for before, after in zip(times, times[1:], strict=False)]
+        named = dict(zip(("data", "compute", "update", "agree"), pieces, strict=True))
+        tokens = fmean(input_ids.numel() for input_ids, _, _ in batches)
+        return named | {"step": times[-1] - times[0], "tokens": tokens}
+
+    def measure(self, setting: dict) -> dict:
+        """The mean over the setting's steps of each piece; over ranks the mean, of `step` the max.
+
+        `imbalance`: by how much the slowest rank's compute exceeds the mean, averaged over steps.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        # fresh memory, kernels to choose, and DDP orders its buckets anew after its first step
+        new = self.kind(setting) not in self.models
+        for _ in range(3 if new or self.device.type == "cuda" else 1):
+            self.step(setting, setting["steps"] // 2)
+        if self.world_size > 1:
+            dist.barrier()
+        steps = [self.step(setting, number) for number in range(setting["steps"])]
+        mine = {name: fmean(step[name] for step in steps) for name in steps[0]}
+        computes = [step["compute"] for step in steps]
+        ranks = [(mine, computes)]
+        if self.world_size > 1:
+            ranks = [None] * self.world_size
+            dist.all_gather_object(ranks, (mine, computes))
+        figures = {name: fmean(means[name] for means, _ in ranks) for name in mine}
+        figures["step"] = max(means["step"] for means, _ in ranks)
+        by_step = list(zip(*(computes for _, computes in ranks), strict=True))
+        figures["imbalance"] = fmean(max(one) - fmean(one) for one in by_step)
+        figures["peak_memory_mb"] = utils.peak_memory_mb(self.device)
+        return figures
+
+    def buckets(self) -> list[int]:
+        """The bytes of DDP's buckets in the order in which backward fills them, as it logs them."""
+        model, _ = self.model({"variant": "ddp"})
+        logged = model._get_ddp_logging_data()
+        sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]
+        return [int(size) for size in sizes.split(",")]
+
+    def timed(self, work, repeats=5) -> float:
+        """The median seconds of `work`, which all ranks begin together; of the slowest rank."""
+        times = []
+        for _ in range(repeats + 1):
+            dist.barrier()
+            began = now(self.device)
+            itself = work()  # the seconds that count, if it says so
+            spent = torch.tensor(itself or now(self.device) - began)
+            dist.all_reduce(spent, op=dist.ReduceOp.MAX)
+            times.append(float(spent))
+        return median(times[1:])
+
+    def all_reduce(self, size: int, compression: str) -> float:
+        """Seconds of what DDP does with a bucket of `size` bytes, nothing else running."""
+        bucket = torch.ones(size // 4, device=self.device)
+        dtype = DTYPES["fp32" if compression == "none" else compression]
+        return self.timed(lambda: average(bucket, dtype))
+
+    def sparse_embeddings(self, rows: int) -> dict:
+        """Seconds to share the word embeddings' gradient whole, and only the rows touched by a
+        step of `rows` rows in each process."""
+        words = self.raw_model.distilbert.embeddings.word_embeddings.weight.detach()
+        [mine] = self.rows({"micro": rows, "steps": 1}, 0)
+        input_ids, _, _ = collate([self.data[i] for i in mine])
+        touched = input_ids.unique().to(self.device)
+        gradient = torch.zeros_like(words)
+        gradient[touched] = 1.0
+
+        def sparse():  # after the first time both ranks' rows are touched: made anew
+            gradient.zero_()
+            gradient[touched] = 1.0
+            began = now(self.device)
+            average_rows(gradient, torch.float32)
+            return now(self.device) - began
+
+        dense = self.timed(lambda: average(gradient, torch.float32))
+        return {"rows": rows, "touched": len(touched), "dense": dense, "sparse": self.timed(sparse)}
+
+
+def main() -> None:
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    utils.keep_freed_memory()
+    rank = Rank(plan)
+    result = {"world_size": rank.world_size, "threads": torch.get_num_threads()}
+    if rank.world_size > 1:
+        dist.barrier()
+    rate = gemm_rate(rank.raw_model.config, DTYPES[plan["precision"]], rank.device)
+    result["gemm"] = utils.reduce_sum([rate])[0]
+    result["settings"] = [setting | rank.measure(setting) for setting in plan["settings"]]
+    if rank.world_size > 1:
+        sizes = rank.buckets()
+        kinds = {setting.get("compression", "none") for setting in plan["settings"]}
+        result["buckets"] = sizes
+        result["all_reduce"] = {
+            kind: [rank.all_reduce(size, kind) for size in sizes] for kind in sorted(kinds)
+        }
+        ladder = [4 * 2**10, 256 * 2**10, 1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB]
+        result["ladder"] = [[size, rank.all_reduce(size, "none")] for size in ladder]
+        result["sparse_embeddings"] = [rank.sparse_embeddings(rows) for rows in (8, 32, 128)]
+    if rank.rank == 0:
+        Path(sys.argv[2]).write_text(json.dumps(result))
+    if rank.world_size > 1:
+        utils.settle()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a compiled model's worker threads would hold the process
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The Kaggle kernel, made and run here as there, but for the GPUs: pytest tests/test_kaggle.py"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from ranks import ROOT, environment
+
+from benchmarks.kaggle import bundle, run
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """/kaggle with the one file that a push sends, and its metadata."""
+    kaggle = tmp_path_factory.mktemp("kaggle")
+    (kaggle / "working").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KAGGLE_USERNAME", "someone")
+        bundle.main(kaggle / "push")
+    return kaggle
+
+
+def test_the_metadata_asks_for_two_t4s_and_the_internet(kernel):
+    metadata = json.loads((kernel / "push" / "kernel-metadata.json").read_text())
+    assert metadata["id"] == "someone/distrinews"
+    assert metadata["machine_shape"] == "NvidiaTeslaT4"  # this name means two of them
+    assert metadata["enable_internet"] is True and metadata["is_private"] is True
+    assert (kernel / "push" / metadata["code_file"]).stat().st_size < 2**20
+
+
+def test_the_kernel_runs_from_preflight_to_pages(kernel, tiny_backbone):
+    working = kernel / "working"
+    shutil.copy(kernel / "push" / "kernel.py", working / "script.py")
+    env = environment(CUDA_VISIBLE_DEVICES="")
+    del env["PYTHONPATH"]  # there is no checkout on Kaggle
+    command = [sys.executable, "script.py", "--quick", "--model", str(tiny_backbone)]
+    done = subprocess.run(command, cwd=working, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "GB/s, by gloo" in done.stdout
+    assert {path.name for path in working.iterdir()} == {
+        "script.py", "benchmarks", "checkpoints", "checkpoints_single"
+    }  # fmt: skip
+    results = working / "benchmarks" / "results"
+    for name, world_size in (("kaggle_single", 1), ("kaggle_ddp", 2)):
+        record = json.loads((results / f"{name}.json").read_text())
+        assert record["world_size"] == world_size and record["data"] == "sample"
+    assert (working / "checkpoints" / "distilbert_agnews.pt").exists()
+    assert json.loads((results / "kaggle_preflight.json").read_text())["transport"] == ["gloo"]
+    page = (working / "benchmarks" / "ddp_2gpu.md").read_text()
+    assert tiny_backbone.name in page and "the sample, 2 processes" in page
+
+
+def test_a_transport_that_fails_is_followed_by_the_next(monkeypatch, capsys):
+    # gloo stands in for NCCL: it fails until it is told of an interface that exists
+    works = {"GLOO_SOCKET_IFNAME": "lo"}
+    monkeypatch.setattr(run, "ATTEMPTS", ({}, works))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    assert run.preflight(2)["environment"] == works
+    assert capsys.readouterr().out.count("fails (") == 1
+    monkeypatch.setattr(run, "ATTEMPTS", ({},))
+    with pytest.raises(SystemExit, match="no all-reduce works"):
+        run.preflight(2)
+
+
+def test_without_two_gpus_it_says_what_to_choose(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kaggle.run", str(tmp_path)], cwd=ROOT,
+        env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: two GPUs are needed: choose the accelerator GPU T4 x2")
