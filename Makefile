@@ -1,10 +1,10 @@
-# make demo | test | serve | lint | bench | kaggle | report      everything in .venv, made on first use
+# everything in .venv, made on first use
 PYTHON ?= python3
 PORT ?= 7860
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test serve lint bench kaggle report
+.PHONY: demo test serve lint bench faults kaggle report
 
 demo: .venv/installed
 	bash training/run_ddp.sh --data sample --model packaged --epochs 6 --global-batch-size 16 --lr 2e-4
@@ -21,6 +21,12 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-dev
 	python -m benchmarks.bench_training $(ARGS)
+
+faults: .venv/installed-dev
+	PYTHONPATH=.:tests python -m tests.faults.kill --out benchmarks/results/faults_kill.json
+	PYTHONPATH=.:tests python -m tests.faults.corrupt --out benchmarks/results/faults_corrupt.json
+	PYTHONPATH=.:tests python -m tests.faults.serve --checkpoint-dir checkpoints \
+		--out benchmarks/results/faults_serve.json
 
 kaggle:
 	$(PYTHON) -m benchmarks.kaggle.bundle

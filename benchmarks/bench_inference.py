@@ -108,7 +108,7 @@ def request(text: str) -> bytes:
 
 
 class Caller:
-    """One connection that is kept; `ask` returns the status of the answer."""
+    """One connection that is kept; `ask` returns the answer's status, and leaves its `body`."""
 
     def __init__(self, port: int):
         self.wire = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -125,6 +125,7 @@ class Caller:
             if end < 0 <= head:
                 length = re.search(rb"\r\ncontent-length: (\d+)", answer[:head], re.IGNORECASE)
                 end = head + 4 + int(length[1])
+        self.body = answer[head + 4 :]
         return int(answer[9:12])
 
 

@@ -40,8 +40,8 @@ def accuracy() -> str:
     words = (
         f"Packaged backbone, {run['train_samples']:,} of AG News's 120,000 training rows, "
         f"{run['precision']}, {len(run['epochs'])} epochs, global batch "
-        f"{run['global_batch_size']}, peak lr {run['lr']:g}, on {run['host']}. The machine was "
-        "shared with other work, so these runs' times say nothing: speed is measured apart."
+        f"{run['global_batch_size']}, peak lr {run['lr']:g}, warm-up {run['warmup']:g}, on "
+        f"{run['host']}."
     )
     tried = [
         "| recipe | validation accuracy | its loss | test accuracy |",

@@ -115,12 +115,18 @@ class Service:
         if threading.current_thread() is not threading.main_thread():
             return  # a test's server; only the main thread may set handlers
         uvicorns, loop = signal.getsignal(signal.SIGTERM), asyncio.get_running_loop()
+        server = getattr(uvicorns, "__self__", None)  # uvicorn's handler is a method of its server
+
+        def stop():
+            if server is None:
+                return uvicorns(signal.SIGTERM, None)
+            server.should_exit = True  # its handler would raise the signal again, and exit by it
 
         def drain(number, frame):
             if self.not_ready.startswith("draining"):
                 os._exit(128 + number)  # the second one means now
             self.not_ready = "draining: shutting down"
-            loop.call_soon_threadsafe(loop.call_later, DRAIN_SECONDS, uvicorns, number, frame)
+            loop.call_soon_threadsafe(loop.call_later, DRAIN_SECONDS, stop)
 
         signal.signal(signal.SIGTERM, drain)
 

@@ -115,8 +115,9 @@ def onnx_engine(folder: Path) -> Engine:
         raise LoadError(f"{path} was made of another checkpoint than {CHECKPOINT}; {again}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()  # ONNX Runtime does not read OMP_NUM_THREADS
-    # an idle worker that spins for its next piece takes the core that answers HTTP
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # threads spin for the next piece of a batch, not for the next batch: an idle one would take the
+    # core that answers HTTP
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     try:
         found = sha256(path)

@@ -1,37 +1,11 @@
 """Small stand-ins that every test shares: a backbone, news rows, a way to run the scripts."""
 
-import csv
-import random
 import subprocess
 import sys
 
 import pytest
 from ranks import ROOT, environment
-
-WORDS = {
-    "World": "minister election troops border treaty embassy rebels summit parliament refugees",
-    "Sports": "match goal coach season striker innings playoff champion tournament referee",
-    "Business": "shares profit market bank merger investors inflation earnings exports retailer",
-    "Sci/Tech": "software satellite browser telescope virus chip genome robot broadband server",
-}
-COMMON = "the a of in to on for after new over with says as two its from is at will this".split()
-
-
-def make_backbone(folder, dropout):
-    import torch
-    from transformers import BertTokenizerFast, DistilBertConfig, DistilBertForMaskedLM
-
-    words = [*COMMON, *(word for line in WORDS.values() for word in line.split())]
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = DistilBertConfig(
-        vocab_size=len(vocab), max_position_embeddings=128, dim=32, n_layers=2, n_heads=4,
-        hidden_dim=64, dropout=dropout, attention_dropout=dropout, seq_classif_dropout=2 * dropout,
-    )  # fmt: skip
-    DistilBertForMaskedLM(config).save_pretrained(folder)
-    return folder
+from stand_ins import make_backbone, make_news
 
 
 @pytest.fixture(scope="session")
@@ -46,18 +20,7 @@ def calm_backbone(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def news_folder(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("news"), random.Random(0)
-
-    def text(label):
-        own = list(WORDS.values())[label].split()
-        words = (rng.choice(own if rng.random() < 0.3 else COMMON) for _ in range(40))
-        return " ".join(list(words)[: rng.randint(5, 40)])
-
-    with open(folder / "train.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *((text(i % 4), i % 4) for i in range(120))])
-    with open(folder / "test.csv", "w", newline="") as file:
-        csv.writer(file).writerows((i % 4 + 1, text(i % 4), text(i % 4)) for i in range(53))
-    return folder
+    return make_news(tmp_path_factory.mktemp("news"))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import ROOT, environment
-from server import server
+from server import server, wait_until_healthy
 
 import inference.app
 from inference.model_loader import Classifier
@@ -304,12 +304,24 @@ def test_sigterm_finishes_what_was_accepted_and_health_says_draining(trained):
     log = trained / "drain.log"
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
-    from server import wait_until_healthy
-
     with httpx.Client(base_url=wait_until_healthy(process, log)) as client:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         answer = client.get("/health")
         assert answer.status_code == 503 and "draining" in answer.json()["detail"]
         assert client.post("/predict", json={"text": HEADLINE}).status_code == 200
-    assert process.wait(10) in (0, -signal.SIGTERM)
+    assert process.wait(10) == 0
+
+
+def test_a_second_sigterm_ends_at_once(trained):
+    command = [sys.executable, "-m", "uvicorn", "inference.app:app", "--port", "0"]
+    env = environment(CHECKPOINT_DIR=str(trained), DRAIN_SECONDS="60", ENGINE="torch")
+    log = trained / "second.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+    wait_until_healthy(process, log)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(2) == 128 + signal.SIGTERM

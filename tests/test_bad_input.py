@@ -168,10 +168,14 @@ def spoil(folder, how):
         path.write_bytes(b"")
     elif how == "runs code":
         path.write_bytes(pickle.dumps(Evil()))
-    elif how == "zip runs code":
-        torch.save({"model": Evil()}, path)
+    elif how == "one bit":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "runs code, with a hash":
+        utils.save_checkpoint({"model": Evil()}, path)
     elif how == "a list":
-        torch.save([1, 2], path)
+        utils.save_checkpoint([1, 2], path)
     else:
         if how == "another project's":
             state = {"state_dict": {}}
@@ -183,13 +187,13 @@ def spoil(folder, how):
             state["model"]["classifier.bias"][0] = float("nan")
         elif how == "no tokenizer":
             (folder / "tokenizer").rename(folder / "elsewhere")
-        torch.save(state, path)
+        utils.save_checkpoint(state, path)
 
 
 @pytest.mark.parametrize(
     "how",
-    ["missing", "truncated", "empty", "runs code", "zip runs code", "a list", "another project's",
-     "three classes", "another shape", "NaN", "no tokenizer"],
+    ["missing", "truncated", "empty", "runs code", "runs code, with a hash", "one bit", "a list",
+     "another project's", "three classes", "another shape", "NaN", "no tokenizer"],
 )  # fmt: skip
 def test_a_checkpoint_that_cannot_be_served_is_refused(trained, tmp_path, monkeypatch, how):
     subprocess.run(["cp", "-r", trained, tmp_path / "c"], check=True)

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import COMMON, WORDS
 from ranks import ROOT, environment
 from server import server
+from stand_ins import COMMON, WORDS
 
 from inference import export
 from inference.model_loader import ONNX, ONNX_FACTS, Classifier, LoadError, sha256

@@ -9,6 +9,8 @@ import pytest
 import torch
 from ranks import ROOT, environment, observe
 
+import utils
+
 
 def flags(backbone, news, folder, *more):
     common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--epochs", "2"]
@@ -84,7 +86,7 @@ def test_another_model_data_or_label_set_is_refused(
     if what == "labels":
         state = torch.load(unfinished / "last.pt")
         state["identity"]["labels"] = ["Sports", "World", "Business", "Sci/Tech"]
-        torch.save(state, unfinished / "last.pt")
+        utils.save_checkpoint(state, unfinished / "last.pt")
     before = (unfinished / "last.pt").read_bytes()
     (rank,) = observe(0, run, tmp_path, 1)
     assert rank.stderr.count("error: ") == 1 and what in rank.stderr

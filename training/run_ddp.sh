@@ -4,6 +4,7 @@
 #   bash training/run_ddp.sh                          one process per GPU, or two on a CPU
 #   NPROC_PER_NODE=3 bash training/run_ddp.sh         that many
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash training/run_ddp.sh    on each of two hosts
+#   TIMEOUT=60 bash training/run_ddp.sh               end when a rank keeps the others waiting, s
 #   MAX_RESTARTS=3 bash training/run_ddp.sh           go on from last.pt when a rank is killed
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -98,7 +98,7 @@ def main() -> None:
     # NCCL carries tensors between GPUs, gloo those on the CPU: counts and signals.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-        device_id=device if backend == "nccl" else None,
+        timeout=utils.TIMEOUT, device_id=device if backend == "nccl" else None,
     )
     rank = dist.get_rank()
     master_process = rank == 0  # not the local rank: there is a local rank 0 on every host
@@ -217,7 +217,7 @@ def main() -> None:
         utils.finish_record(record, at, *test, device, args)
         load_tokenizer(folder).save_pretrained(args.checkpoint_dir / "tokenizer")
         utils.save_model(args.checkpoint_dir / "distilbert_agnews.pt", raw_model, record)
-        last_pt.unlink(missing_ok=True)  # nothing is left to go on with
+        utils.forget(last_pt)  # nothing is left to go on with
     utils.settle()  # none leaves before rank 0 has saved: torchrun ends all when one fails
     dist.destroy_process_group()  # not in a finally: it may wait for a rank that has failed
 

@@ -179,7 +179,7 @@ def main() -> None:
     utils.finish_record(record, at, *test, device, args)
     load_tokenizer(folder).save_pretrained(args.checkpoint_dir / "tokenizer")
     utils.save_model(args.checkpoint_dir / "distilbert_agnews.pt", raw_model, record)
-    last_pt.unlink(missing_ok=True)  # nothing is left to go on with
+    utils.forget(last_pt)  # nothing is left to go on with
 
 
 if __name__ == "__main__":

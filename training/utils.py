@@ -1,11 +1,14 @@
 """What both training scripts need around the loop. At world size 1 every reduction is a no-op."""
 
 import ctypes
+import hashlib
 import importlib.util
 import json
 import math
+import mmap
 import os
 import platform
+import re
 import resource
 import shlex
 import signal
@@ -17,7 +20,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -90,26 +93,60 @@ def settle() -> None:
     time.sleep(0.3)
 
 
+TIMEOUT = timedelta(seconds=float(os.environ.get("TIMEOUT", 600)))  # for a collective
+
+
+def explain(error: Exception, kinds: tuple) -> tuple[str | None, bool]:
+    """(one line for an error that a user can cause or meet, whether another rank caused it)."""
+    text = str(error)
+    if isinstance(error, kinds):
+        return text, rank_info()[0] > 0  # as a rule all ranks meet it; one of them tells
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "out of memory; try a smaller --micro-batch-size", False
+    if not isinstance(error, RuntimeError) or not re.search("gloo|nccl|connection", text, re.I):
+        return None, False
+    if "timed out" in text.lower():
+        return (
+            f"another rank did not come to a collective within {TIMEOUT.total_seconds():.0f} s: it "
+            "hangs, or the network between hosts is cut; the same command goes on from the last "
+            "save, if any"
+        ), True
+    return "another rank has gone; the same command goes on from the last save, if any", True
+
+
 @contextmanager
 def one_line_errors(*kinds: type[Exception]):
-    """Turns errors that a user can cause into one line and status 1; others keep their traceback.
+    """Turns errors that a user can cause or meet into one line, status 1; others keep a traceback.
 
-    Most strike all ranks alike, or strike one and then the others, whose collectives fail. So rank
-    0 speaks at once, and the others wait for torchrun to end them: if it does not, the error was
-    theirs alone, and they speak too.
+    When one rank fails, the collectives of the others fail too. They keep quiet for as long as
+    torchrun needs to end them, so that the cause alone is read; if it does not, they speak.
     """
     try:
         yield
     except Exception as error:
-        if rank_info()[0] > 0:
+        line, caused_elsewhere = explain(error, kinds)
+        if caused_elsewhere:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        if not isinstance(error, kinds):
+        if line is None:
             raise
         sys.stdout.flush()
         with tqdm.external_write_mode():  # takes the progress bar away, and it stays away
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {line}", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly exit can wait for ranks that are gone
+
+
+def end_with_launcher() -> None:
+    """Under torchrun on Linux, has the kernel kill this process when torchrun dies.
+
+    torchrun ends its ranks, but not when it is killed itself; they would train on, unseen, beside
+    the run that is started next.
+    """
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        launcher = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:  # it died just before
+            os._exit(1)
 
 
 class StopSignal:
@@ -117,6 +154,7 @@ class StopSignal:
 
     def __init__(self):
         self.number, self.deferred = 0, False
+        end_with_launcher()
         signal.signal(signal.SIGTERM, self.receive)
         signal.signal(signal.SIGINT, self.receive)
 
@@ -520,17 +558,47 @@ def finish_record(record: dict, at: dict, loss: float, accuracy: float, device, 
 
 # Checkpoints
 
+SEAL_BYTES = 2 + len("sha256 ") + 64 + 1
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    """Writes all of `state` or nothing: after a crash or on a full disk the old file is whole."""
-    # in the same folder, since a rename to another disk would be a copy
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+def beside(path: Path) -> tuple[Path, Path]:
+    """Where a file is written before it gets its name, and where the one before it is kept."""
+    return path.with_name(f".{path.name}.tmp"), path.with_stem(f"{path.stem}.previous")
+
+
+def seal(file, end: int) -> bytes:
+    """What a checkpoint ends in after its first `end` bytes: their SHA-256, as a zip's comment."""
+    with mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ) as content:
+        comment = f"sha256 {hashlib.sha256(content).hexdigest()}\n".encode()
+    return len(comment).to_bytes(2, "little") + comment
+
+
+def is_sealed(path: Path) -> bool:
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END) - SEAL_BYTES
+        if end <= 0:
+            return False
+        file.seek(end)
+        return file.read() == seal(file, end)
+
+
+def save_checkpoint(state: dict, path: Path, keep_previous: bool = False) -> None:
+    """Writes all of `state` or nothing: after a crash or on a full disk the old file is whole.
+
+    torch writes a zip file, which may end in a comment and its length. Here that is a hash of all
+    before it, so that one flipped bit is noticed; torch.load reads such a file like any other.
+    """
+    temporary, previous = beside(path)  # in one folder: a rename to another disk would be a copy
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             torch.save(state, file)
+            end = file.seek(-2, os.SEEK_END)  # over the length of no comment
+            file.write(seal(file, end))
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+        if keep_previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # and so is the name
@@ -547,12 +615,14 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Runs no code that the file may hold."""
+    state = None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if is_sealed(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}; train one first") from None
-    except Exception:  # torch raises many kinds: truncated zip, foreign pickle, missing tensor
-        state = None
+    except Exception:  # torch raises many kinds: a pickle that wants to run code, a missing tensor
+        pass
     if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
         what = f"lacks {', '.join(missing)}" if isinstance(state, dict) else "is damaged or foreign"
         raise CheckpointError(f"{path} {what}; delete it or train again")
@@ -583,17 +653,32 @@ def save_last(path: Path, at: dict, record: dict, model: nn.Module, optimizer, s
     identity, plan = identity_and_plan(record)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"scaler": scaler.state_dict(), "at": at, "identity": identity, "plan": plan}
-    save_checkpoint(state, path)
+    save_checkpoint(state, path, keep_previous=True)
+
+
+def forget(path: Path) -> None:
+    """Removes last.pt and what stands beside it: nothing is left to go on with."""
+    for old in (path, *beside(path)):
+        old.unlink(missing_ok=True)
 
 
 def read_last(path: Path, record: dict) -> dict | None:
-    """The state in last.pt, if there is one. A run on other data or of another model is refused.
+    """The state in last.pt, else in the save before it. None if there is neither.
 
-    With another world size, batch or seed an epoch's steps hold other rows: it begins again.
+    A run on other data or of another model is refused. With another world size, batch or seed an
+    epoch's steps hold other rows: it begins again.
     """
-    if not path.exists():
+    _, previous = beside(path)
+    keys = ("model", "optimizer", "scaler", "at", "identity", "plan")
+    if not path.exists() and not previous.exists():
         return None
-    state = load_checkpoint(path, ("model", "optimizer", "scaler", "at", "identity", "plan"))
+    try:
+        state = load_checkpoint(path, keys)
+    except CheckpointError as error:
+        if not previous.exists():
+            raise
+        print0(f"warning: {error}; going on from the save before it, {previous}")
+        path, state = previous, load_checkpoint(previous, keys)
     identity, plan = identity_and_plan(record)
     for name, new in identity.items():
         if (old := state["identity"].get(name)) != new:
@@ -621,6 +706,8 @@ def resume(path: Path, choice: str, record: dict, model: nn.Module, optimizer, s
     Rank 0 reads and sends to the others, which may be on a host without the file.
     """
     rank, _ = rank_info()
+    if choice == "never" and rank == 0:
+        forget(path)
     box = [read_last(path, record) if choice == "auto" and rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(box, device=torch.device("cpu"))

@@ -1,0 +1,151 @@
+"""Spoils checkpoints in a hundred ways, and sees each refused with one line.
+
+python -m tests.faults.corrupt [--times 100] [--seed 0] [--out FILE]       (make faults)
+
+Truncated, bytes flipped, pages zeroed, last.pt and distilbert_agnews.pt swapped, keys of an older
+version, a pickle that wants to run code. The last two get a valid hash, so that what is behind the
+hash is tried too.
+"""
+
+import argparse
+import json
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from inference.model_loader import LoadError, torch_engine
+from tests import stand_ins
+from tests.ranks import ROOT, environment
+from training import utils
+
+WAYS = ("truncated", "flipped", "zeroed", "swapped", "older", "code")
+LAST_KEYS = ("model", "optimizer", "scaler", "at", "identity", "plan")
+
+
+class Evil:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def train(folder: Path, backbone: Path, news: Path, *more) -> None:
+    flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, *more]
+    command = [sys.executable, ROOT / "training" / "train_single.py", *flags]
+    subprocess.run([*map(str, command)], cwd=folder.parent, env=environment(), check=True,
+                   capture_output=True)  # fmt: skip
+
+
+def unfinished(folder: Path, backbone: Path, news: Path) -> None:
+    """A folder with last.pt and the save before it, as a run that was killed leaves it."""
+    code = "import sys, utils; utils.forget = lambda path: None; import train_single as t; t.main()"
+    flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--max-steps", 8,
+             "--save-every", 2, "--epochs", 2]  # fmt: skip
+    subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=folder.parent,
+                   env=environment(), check=True, capture_output=True)  # fmt: skip
+
+
+def spoil(path: Path, other: Path, way: str, chance: random.Random, trace: Path) -> str:
+    """Spoils the file; returns what exactly was done."""
+    content = bytearray(path.read_bytes())
+    if way == "truncated":
+        cut = chance.randrange(len(content))
+        path.write_bytes(content[:cut])
+        return f"cut to {cut} of {len(content)} bytes"
+    if way == "flipped":
+        places = [chance.randrange(len(content)) for _ in range(chance.choice([1, 1, 8]))]
+        for place in places:
+            content[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+        return f"bits flipped at {places}"
+    if way == "zeroed":
+        start = chance.randrange(0, len(content), 4096)
+        content[start : start + 4096] = bytes(len(content[start : start + 4096]))
+        path.write_bytes(content)
+        return f"4 KiB of zeros at {start}"
+    if way == "swapped":
+        shutil.copy(other, path)
+        return f"{other.name} in its place"
+    state = torch.load(path)
+    if way == "older":
+        gone = chance.choice([key for key in state if key != "metrics"])
+        del state[gone]
+        utils.save_checkpoint(state, path)
+        return f"no {gone}"
+    state[chance.choice(list(state))] = Evil(trace)
+    if chance.random() < 0.5:
+        utils.save_checkpoint(state, path)
+        return "code in a sealed file"
+    path.write_bytes(pickle.dumps(state))
+    return "code in a bare pickle"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--times", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        backbone = stand_ins.make_backbone(place / "tiny", 0.1)
+        news = stand_ins.make_news(place / "news")
+        whole = place / "whole"
+        train(whole, backbone, news, "--max-steps", 8)
+        unfinished(whole, backbone, news)
+        record = {}  # as read_last compares it
+        state = utils.load_checkpoint(whole / "last.pt", LAST_KEYS)
+        record |= state["identity"] | state["plan"]
+        for number in range(args.times):
+            chance = random.Random(1000 * args.seed + number)
+            folder, trace = place / "spoiled", place / "it_ran"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(whole, folder)
+            files = [folder / "last.pt", folder / "distilbert_agnews.pt"]
+            path, other = files if number % 2 else files[::-1]
+            way = WAYS[number // 2 % len(WAYS)]
+            done = spoil(path, other, way, chance, trace)
+            one = {"seed": 1000 * args.seed + number, "file": path.name, "way": way, "what": done}
+            if path.name == "last.pt":
+                previous = utils.read_last(path, record)  # falls back, and says so
+                before = utils.load_checkpoint(utils.beside(path)[1], LAST_KEYS)
+                one["fell_back"] = previous["at"]["step"] == before["at"]["step"]
+                utils.beside(path)[1].unlink()
+            try:
+                if path.name == "last.pt":
+                    utils.read_last(path, record)
+                else:
+                    torch_engine(folder)
+                one["refused"] = ""
+            except (utils.CheckpointError, LoadError) as error:
+                one["refused"] = str(error).replace(str(place), "")
+            one["code_ran"] = trace.exists()
+            found.append(one)
+            print(json.dumps(one), flush=True)
+    good = sum(
+        bool(one["refused"]) and "\n" not in one["refused"] and not one["code_ran"]
+        and one.get("fell_back", True) for one in found
+    )  # fmt: skip
+    print(f"{good} of {len(found)} refused with one line; no code ran")
+    if args.out:
+        figures = {"script": "faults_corrupt", "seed": args.seed, "files": found,
+                   "command": f"python -m tests.faults.corrupt --times {args.times}",
+                   "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
+                   "git_commit": utils.git_commit()}  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.exit(good != len(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Kills a two-process training at random moments, and compares its end with an undisturbed one.
+
+python -m tests.faults.kill [--kills 30] [--seed 0] [--out FILE]       (make faults)
+
+A kill is SIGKILL to rank 0, rank 1 or torchrun: after a random time, or in the middle of a save. A
+rank is started again by torchrun (MAX_RESTARTS); after the launcher's death the same command is
+given again.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tests import stand_ins
+from tests.ranks import ROOT, environment
+from training import utils
+
+STEPS = 420  # of a run: about five seconds, once it has started
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Those whose environment has FAULT_RUN=mark: their pid, and their RANK if they have one."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            continue
+        if f"FAULT_RUN={mark}".encode() in variables and not zombie:
+            ranks = [v[5:].decode() for v in variables if v.startswith(b"RANK=")]
+            found[int(folder.name)] = ranks[0] if ranks else ""
+    return found
+
+
+class Run:
+    """One training, started through run_ddp.sh in `folder`; started again by the same command."""
+
+    def __init__(self, folder: Path, backbone: Path, news: Path):
+        self.folder, self.mark = folder, folder.name
+        folder.mkdir()
+        flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder / "c",
+                 "--epochs", 30, "--max-steps", STEPS, "--global-batch-size", 8,
+                 "--save-every", 3, "--max-eval-samples", 8]  # fmt: skip
+        self.command = ["bash", str(ROOT / "training" / "run_ddp.sh"), *map(str, flags)]
+        self.last = folder / "c" / "last.pt"
+
+    def start(self) -> None:
+        self.log = open(self.folder / "log", "a")
+        env = environment(FAULT_RUN=self.mark, NPROC_PER_NODE="2", MAX_RESTARTS="3")
+        self.process = subprocess.Popen(
+            self.command, cwd=self.folder, env=env, stdout=self.log, stderr=self.log
+        )
+
+    def wait_for(self, condition, seconds=60.0) -> bool:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if condition():
+                return True
+            time.sleep(0.0005)
+        return False
+
+    def pid_of(self, victim: str) -> int | None:
+        """torchrun's pid, or that of a rank, once it is there."""
+        if victim == "torchrun":
+            return self.process.pid
+        by_rank = {rank: pid for pid, rank in processes(self.mark).items()}
+        return by_rank.get(victim)
+
+
+def kill_once(run: Run, chance: random.Random) -> dict:
+    """Starts, kills, goes on to the end; says what happened."""
+    victim, in_save = chance.choice(["0", "1", "torchrun"]), chance.random() < 0.4
+    after = chance.uniform(0.0, 9.0)
+    began = time.monotonic()
+    run.start()
+    run.wait_for(lambda: run.pid_of(victim))
+    pid = run.pid_of(victim)
+    temporary, _ = utils.beside(run.last)
+    if in_save:
+        run.wait_for(lambda: run.last.exists())
+        time.sleep(after / 9)
+        run.wait_for(temporary.exists)
+    else:
+        run.wait_for(lambda: time.monotonic() > began + after)
+    found = {"victim": victim, "in_save": in_save, "after_seconds": time.monotonic() - began,
+             "saving": temporary.exists()}  # fmt: skip
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:  # the run was faster
+        found["victim"] = "none: it had ended"
+    again = 0
+    if victim == "torchrun":
+        run.process.wait()
+        gone = run.wait_for(lambda: not processes(run.mark), 10)
+        found["ranks_gone_with_it"] = gone
+        found["loadable"] = loadable(run.last)
+        run.start()
+        again = 1
+    status = run.process.wait(200)
+    return found | {"status": status, "same_command_again": again}
+
+
+def loadable(last: Path) -> bool:
+    """Whether what stands at last.pt's place, if anything, can be read."""
+    if not last.exists():
+        return True
+    try:
+        utils.load_checkpoint(last, ("model", "at"))
+    except utils.CheckpointError:
+        return False
+    return True
+
+
+def weights(run: Run) -> dict:
+    return utils.load_checkpoint(run.folder / "c" / "distilbert_agnews.pt", ("model",))["model"]
+
+
+def left_behind(run: Run) -> list[str]:
+    files = [path.name for path in (run.folder / "c").iterdir()]
+    kept = {"distilbert_agnews.pt", "tokenizer"}
+    return sorted({*files} - kept) + [f"process {pid}" for pid in processes(run.mark)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    kills = []
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        backbone = stand_ins.make_backbone(place / "tiny", 0.1)
+        news = stand_ins.make_news(place / "news")
+        straight = Run(place / "straight", backbone, news)
+        straight.start()
+        assert straight.process.wait(200) == 0, (straight.folder / "log").read_text()
+        expected = weights(straight)
+        for number in range(args.kills):
+            seed = 1000 * args.seed + number
+            run = Run(place / f"kill{seed}", backbone, news)
+            found = {"seed": seed} | kill_once(run, random.Random(seed))
+            if found["status"] == 0:
+                got = weights(run)
+                found["equal"] = all(torch.equal(got[name], expected[name]) for name in expected)
+            run.wait_for(lambda run=run: not processes(run.mark), 5)
+            found["left_behind"] = left_behind(run) if found["status"] == 0 else ["no end"]
+            kills.append(found)
+            print(json.dumps(found), flush=True)
+            if found["status"]:
+                print((run.folder / "log").read_text()[-2000:], flush=True)
+    good = sum(one.get("equal", False) and not one["left_behind"] for one in kills)
+    print(f"{good} of {len(kills)} ended as the undisturbed run did, with nothing left behind")
+    if args.out:
+        record = {"script": "faults_kill", "seed": args.seed, "steps": STEPS, "kills": kills,
+                  "command": f"python -m tests.faults.kill --kills {args.kills} --seed {args.seed}",
+                  "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
+                  "git_commit": utils.git_commit()}  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(good != len(kills))
+
+
+if __name__ == "__main__":
+    main()
