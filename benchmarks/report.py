@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from statistics import median
 
+from benchmarks.reliability_page import reliability_page
 from benchmarks.speed import RESULTS, Speed, read
 from benchmarks.training_pages import (
     ddp_page,
@@ -21,7 +22,10 @@ from benchmarks.training_pages import (
 
 ROOT = Path(__file__).parent.parent
 PLOTS = ROOT / "benchmarks" / "plots"
-PAGES = [ROOT / "README.md", ROOT / "training" / "sample_data" / "README.md"]
+PAGES = [
+    ROOT / "README.md", ROOT / "docs" / "ddp_explained.md",
+    ROOT / "training" / "sample_data" / "README.md",
+]  # fmt: skip
 
 
 def accuracy() -> str:
@@ -80,6 +84,17 @@ def speed() -> str:
         "[ddp_2gpu.md](benchmarks/ddp_2gpu.md)."
     )
     return "\n".join([words, "", *table(["", *speeds], cells)]).rstrip()
+
+
+def buckets() -> str:
+    """DDP's gradient buckets, as it logged them, and what an all-reduce of each takes here."""
+    speed = Speed(read("training_speed"))
+    pieces = speed.pieces(2)
+    rows = [[str(number), f"{size / 1e6:.1f} MB", f"{1e3 * seconds:.0f} ms"]
+            for number, (size, seconds) in enumerate(zip(pieces.buckets, pieces.seconds,
+                                                         strict=True))]  # fmt: skip
+    host = f"all-reduce alone, on {speed.record['host']}"
+    return "\n".join(table(["bucket", "size", host], rows)).rstrip()
 
 
 def sample() -> str:
@@ -204,11 +219,15 @@ def inference_page() -> str:
     return "\n".join(page) + "\n"
 
 
-TABLES = {"accuracy": accuracy, "speed": speed, "sample": sample, "serving": serving}
+TABLES = {
+    "accuracy": accuracy, "speed": speed, "sample": sample, "serving": serving,
+    "buckets": buckets,
+}  # fmt: skip
 WRITTEN = {
     ROOT / "benchmarks" / "inference.md": inference_page,
     ROOT / "benchmarks" / "single_gpu.md": single_page,
     ROOT / "benchmarks" / "ddp_2gpu.md": ddp_page,
+    ROOT / "docs" / "reliability.md": reliability_page,
 }
 
 
@@ -226,6 +245,7 @@ if __name__ == "__main__":
     for page in PAGES:
         page.write_text(fill(page.read_text()))
     for page, write in WRITTEN.items():
+        page.parent.mkdir(exist_ok=True)
         page.write_text(write())
     PLOTS.mkdir(exist_ok=True)
     drawn = plots()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "kaggle"
-CONTENT = ["training", "benchmarks", "README.md", "requirements.txt", "requirements-dev.txt"]
+CONTENT = ["training", "benchmarks", "docs", "README.md", "requirements.txt", "requirements-dev.txt"]
 
 KERNEL = '''"""DistriNews on Kaggle, made by `make kaggle` from commit {commit}. Choose GPU T4 x2.
 
