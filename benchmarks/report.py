@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from statistics import median
 
+from benchmarks.interview import interview
 from benchmarks.reliability_page import reliability_page
-from benchmarks.speed import RESULTS, Speed, read
+from benchmarks.speed import Speed, read
 from benchmarks.training_pages import (
     ddp_page,
     plots,
@@ -47,21 +48,7 @@ def accuracy() -> str:
         f"{run['global_batch_size']}, peak lr {run['lr']:g}, warm-up {run['warmup']:g}, on "
         f"{run['host']}."
     )
-    tried = [
-        "| recipe | validation accuracy | its loss | test accuracy |",
-        "|---|---|---|---|",
-    ]
-    names = [path.stem for path in sorted((RESULTS / "recipes").glob("*.json"))]
-    for name in ("agnews_packaged_single", *(f"recipes/{name}" for name in names)):
-        run = read(name)
-        last = run["epochs"][-1]
-        tried.append(
-            f"| lr {run['lr']:g}, batch {run['global_batch_size']}, epochs {len(run['epochs'])}, "
-            f"dropout {run['config']['dropout']:g} | {last['val_accuracy']:.4f} | "
-            f"{last['val_loss']:.4f} | {run['test_accuracy']:.4f} |"
-        )
-    head = "Recipes tried on all rows, in one process:"
-    return "\n".join([words, "", *rows, "", head, "", *tried])
+    return "\n".join([words, "", *rows])
 
 
 def speed() -> str:
@@ -221,7 +208,7 @@ def inference_page() -> str:
 
 TABLES = {
     "accuracy": accuracy, "speed": speed, "sample": sample, "serving": serving,
-    "buckets": buckets,
+    "buckets": buckets, "interview": interview,
 }  # fmt: skip
 WRITTEN = {
     ROOT / "benchmarks" / "inference.md": inference_page,

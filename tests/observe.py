@@ -2,8 +2,9 @@
 
 Runs the script's own main() and saves to OUT/rank<r>.pt what no command line shows: the gradients
 of each step as the optimizer gets them, the rows of each step, the final weights and their logits,
-and how many gradient buckets were all-reduced in each step. The environment can break one thing:
-STOP_AT_STEP=n sends this process SIGTERM in its n-th step, NO_SET_EPOCH=1 forgets set_epoch.
+how many gradient buckets were all-reduced in each step, how many checkpoints were written. The
+environment can break one thing: STOP_AT_STEP=n sends this process SIGTERM in its n-th step,
+NO_SET_EPOCH=1 forgets set_epoch.
 """
 
 import os
@@ -20,7 +21,7 @@ import dataset
 import gradients
 import utils
 
-seen = {"grads": [], "rows": [], "buckets": []}
+seen = {"grads": [], "rows": [], "buckets": [], "saves": 0}
 parameters = []
 buckets = 0
 share_gradients = gradients.share_gradients
@@ -65,12 +66,21 @@ def count_buckets(model, compression, sparse):
     model.register_comm_hook(None, hook)
 
 
+def count_saves(save_checkpoint):
+    def counted(*args, **kwargs):
+        seen["saves"] += 1
+        save_checkpoint(*args, **kwargs)
+
+    return counted
+
+
 def main() -> None:
     out, script, *flags = sys.argv[1:]
     sys.argv = [script, *flags]
     nn.utils.clip_grad_norm_ = watch_gradients(nn.utils.clip_grad_norm_)
     dataset.LengthWindows.__iter__ = watch_rows(dataset.LengthWindows.__iter__)
     gradients.share_gradients = count_buckets
+    utils.save_checkpoint = count_saves(utils.save_checkpoint)
     if os.environ.get("NO_SET_EPOCH"):
         DistributedSampler.set_epoch = lambda self, epoch: None
     torch.use_deterministic_algorithms(True)

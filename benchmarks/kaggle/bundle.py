@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "kaggle"
-CONTENT = ["training", "benchmarks", "docs", "README.md", "requirements.txt", "requirements-dev.txt"]
+CONTENT = ["training", "benchmarks", "docs", "README.md", "requirements.txt",
+           "requirements-dev.txt"]  # fmt: skip
 
 KERNEL = '''"""DistriNews on Kaggle, made by `make kaggle` from commit {commit}. Choose GPU T4 x2.
 
