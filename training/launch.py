@@ -31,6 +31,7 @@ def launch() -> int:
 
 
 if __name__ == "__main__":
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # see utils.end_with_launcher
     # a rank finishes its step and saves before it obeys a signal; torchrun would kill it after 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     sys.exit(launch())

@@ -143,10 +143,9 @@ def end_with_launcher() -> None:
     the run that is started next.
     """
     if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        launcher = os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != launcher:  # it died just before
-            os._exit(1)
+        if str(os.getppid()) != os.environ.get("LAUNCHER_PID", str(os.getppid())):
+            os._exit(1)  # it died before that
 
 
 class StopSignal:

@@ -61,12 +61,12 @@ class Run:
             self.command, cwd=self.folder, env=env, stdout=self.log, stderr=self.log
         )
 
-    def wait_for(self, condition, seconds=60.0) -> bool:
+    def wait_for(self, condition, seconds=60.0, pause=0.05) -> bool:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if condition():
                 return True
-            time.sleep(0.0005)
+            time.sleep(pause)
         return False
 
     def pid_of(self, victim: str) -> int | None:
@@ -89,9 +89,9 @@ def kill_once(run: Run, chance: random.Random) -> dict:
     if in_save:
         run.wait_for(lambda: run.last.exists())
         time.sleep(after / 9)
-        run.wait_for(temporary.exists)
+        run.wait_for(temporary.exists, pause=0.0002)
     else:
-        run.wait_for(lambda: time.monotonic() > began + after)
+        time.sleep(max(0.0, began + after - time.monotonic()))
     found = {"victim": victim, "in_save": in_save, "after_seconds": time.monotonic() - began,
              "saving": temporary.exists()}  # fmt: skip
     try:
