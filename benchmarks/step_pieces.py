@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.cost_model import MIB
 from training import utils
 from training.dataset import collate, prepare_data
-from training.gradients import average, average_rows, share_gradients
+from training.gradients import average, average_rows, keep_words_out, share_gradients
 from training.model import Config, load_backbone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,6 +96,7 @@ class Rank:
             optimizer = utils.make_optimizer(model, 0.0)
             if kind[0]:
                 devices = [self.device] if self.device.type == "cuda" else None
+                keep_words_out(model, kind[2])
                 model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
                 share_gradients(model, kind[1], kind[2])
             if kind[3]:

@@ -86,5 +86,6 @@ def observe(world_size: int, flags: list, cwd: Path, status: int = 0, **extra: s
     said = "\n".join(f"rank {r}: {x.status}\n{x.stdout}{x.stderr}" for r, x in enumerate(ranks))
     assert {rank.status for rank in ranks} == {status}, said
     for r, rank in enumerate(ranks):
-        rank.seen = torch.load(out / f"rank{r}.pt")
+        if (file := out / f"rank{r}.pt").exists():  # not where a rank ended by a bug
+            rank.seen = torch.load(file)
     return ranks

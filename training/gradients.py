@@ -5,31 +5,40 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 WORDS = "distilbert.embeddings.word_embeddings.weight"
 
 
-def share_gradients(model, compression: str, sparse_embeddings: bool) -> None:
-    """Has DDP call a function of ours for each full bucket, in the place of its own all-reduce.
+def keep_words_out(raw_model, sparse_embeddings: bool) -> None:
+    """Before the wrapper: has DDP leave the word embeddings' gradient to `share_gradients`."""
+    if sparse_embeddings:
+        # the only way to ask, though its name is private; what is left out is not copied either
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(raw_model, [WORDS])
+        dist.broadcast(raw_model.get_parameter(WORDS).data, 0)
 
-    16-bit copies are half the bytes, and rounded. Sparse embeddings are exact: a batch touches a
-    few thousand of the vocabulary's rows, all others have a gradient of zero, and are not sent.
-    Pages: https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html
+
+def share_gradients(model, compression: str, sparse_embeddings: bool) -> None:
+    """Sends 16-bit copies of DDP's buckets, half the bytes, and rounded; and of the word embeddings
+    only the rows that a batch touched. All others have a gradient of zero, so that is exact.
     """
-    if compression == "none" and not sparse_embeddings:
+    dtype = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[compression]
+    if sparse_embeddings:
+        # backward comes to the embeddings last: all buckets are on their way by then
+
+        def exchange(words):
+            if model.require_backward_grad_sync:  # not under no_sync
+                average_rows(words.grad, dtype)
+
+        model.module.get_parameter(WORDS).register_post_accumulate_grad_hook(exchange)
+    if compression == "none":
         return
-    if not sparse_embeddings and dist.get_backend() != "gloo":  # torch's own, which overlap more
+    if dist.get_backend() != "gloo":
         hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
         return model.register_comm_hook(None, hooks[compression])
-    dtype = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[compression]
-    words = model.module.get_parameter(WORDS) if sparse_embeddings else None
 
     def hook(state, bucket):
-        if any(parameter is words for parameter in bucket.parameters()):
-            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                (average_rows if parameter is words else average)(gradient, dtype)
-        else:
-            average(bucket.buffer(), dtype)
+        average(bucket.buffer(), dtype)
         # waited for, so that no Python callback is left to gloo's threads
         done = torch.futures.Future()
         done.set_result(bucket.buffer())

@@ -28,7 +28,7 @@ from dataset import (
     prepare_data,
     train_loader,
 )
-from gradients import share_gradients
+from gradients import keep_words_out, share_gradients
 from model import ModelError, find_backbone, load_backbone
 from utils import print0
 
@@ -102,7 +102,6 @@ def main() -> None:
     )
     rank = dist.get_rank()
     master_process = rank == 0  # not the local rank: there is a local rank 0 on every host
-
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
     raw_model = load_backbone(folder, args.dropout).to(device)
     args.lr = args.lr or (5e-5 if raw_model.config.dim >= 768 else 1e-4)
@@ -134,6 +133,7 @@ def main() -> None:
     # DDP 4/7: the wrapper. Rank 0's weights are copied to all, once. As backward fills a bucket of
     # gradients (25 MiB), its all-reduce starts while backward goes on. All ranks get the mean, bit
     # for bit the same, so equal optimizers take equal steps: weights are never sent again.
+    keep_words_out(raw_model, args.sparse_embeddings)
     model = DistributedDataParallel(
         raw_model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
