@@ -28,10 +28,10 @@ def interview() -> str:
             f"At a global batch of {2 * micro} one process takes {way['one process']} a step, two "
             f"take {way['DDP, measured']}: {times(strong(speed, micro)[0])} times as fast. The "
             f"optimizer goes over all weights on both ranks ({way['update, done by every rank']} "
-            f"not halved), half a batch takes more than half the time ({way['smaller batches']}), "
-            f"the two contend for the machine ({way['contention for the machine']}), and "
-            f"communication that is not hidden takes {way['exposed communication']}. Each of these "
-            "was measured by itself; `benchmarks/ddp_2gpu.md` draws them.",
+            f"not halved), half a batch takes {way['smaller batches']} more than half the time, "
+            f"sharing the machine adds {way['contention for the machine']}, and communication that "
+            f"is not hidden {way['exposed communication']}. Each of these was measured by itself; "
+            "`benchmarks/ddp_2gpu.md` draws them.",
         "What exactly does DDP send, and when?":
             f"The gradients, {megabytes:.1f} MB in {len(pieces.buckets)} buckets for this model, "
             "once in every optimizer step. A bucket's all-reduce starts when backward has filled "

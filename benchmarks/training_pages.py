@@ -386,9 +386,9 @@ def reasons(speed: Speed, micro: int, way: dict[str, float]) -> list[str]:
         f"rank, however few rows it has: {ms(way['update, done by every rank'])} that a second "
         "process does not halve.",
         f"- Half the rows take {ms(way['smaller batches'])} more than half the time of the whole.",
-        f"- Two processes at work, not talking, slow each other down by "
-        f"{ms(way['contention for the machine'])} a step: what they share is the memory, and on a "
-        "CPU the caches and the clock too.",
+        f"- Two processes at work that do not talk take "
+        f"{ms(way['contention for the machine'])} more than one alone: they share the memory, and "
+        "on a CPU the caches and the clock too. Less than nothing is noise.",
         f"- Every step ends when its slower rank does: {ms(way['imbalance of the ranks'])}.",
         f"- The all-reduce takes {ms(whole)} alone. With it a step is {ms(shown)} longer than "
         f"without" + (f", so backward hides {100 * (1 - shown / whole):.0f} % of it."
