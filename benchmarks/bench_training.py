@@ -73,9 +73,9 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
             chosen += [{"variant": "single", "micro": 32, "precision": "fp32"},
                        {"variant": "single", "micro": 32, "compiled": True}]  # fmt: skip
     else:
-        chosen = [{"variant": "no_sync", "micro": micro, "calibration": micro in known}
-                  for micro in sorted({*known, middle})]  # fmt: skip
-        chosen += [{"variant": "apart", "micro": middle}]
+        chosen = [{"variant": "apart", "micro": middle}]
+        chosen += [{"variant": "no_sync", "micro": micro, "calibration": micro in known}
+                   for micro in sorted({*known, middle})]  # fmt: skip
         chosen += [{"variant": "ddp", "micro": micro} for micro in batches]
         chosen += [{"variant": "ddp", "micro": 16, "accumulation": k} for k in accumulations]
         chosen += [{"variant": "ddp", "micro": micro, "compression": kind}

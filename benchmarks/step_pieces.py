@@ -7,6 +7,7 @@ s of n takes those around quantile (s + 1/2)/n of length, so every batch size se
 """
 
 import copy
+import gc
 import json
 import os
 import sys
@@ -86,12 +87,13 @@ class Rank:
         return wrapped, setting.get("compression", "none"), *choices
 
     def model(self, setting: dict) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model of a setting and its optimizer, made once; copies, so that none is disturbed.
-
-        lr 0: the work is the same and the weights stay, also on ranks that do not talk.
+        """The model of a setting and its optimizer, one pair at a time: several would take each
+        other's place in the caches. lr 0: the work is the same and the weights stay, also on ranks that do not talk.
         """
         kind = self.kind(setting)
         if kind not in self.models:
+            self.models = {}
+            gc.collect()  # a wrapper and its hooks hold each other
             model = copy.deepcopy(self.raw_model)
             optimizer = utils.make_optimizer(model, 0.0)
             if kind[0]:
@@ -172,14 +174,11 @@ class Rank:
         by_step = list(zip(*(computes for _, computes in ranks), strict=True))
         figures["imbalance"] = fmean(max(one) - fmean(one) for one in by_step)
         figures["peak_memory_mb"] = utils.peak_memory_mb(self.device)
+        if self.kind(setting) == (True, "none", False, False):
+            # the bytes of its buckets, in the order in which backward fills them
+            logged = self.model(setting)[0]._get_ddp_logging_data()
+            self.buckets = [int(size) for size in logged["rebuilt_bucket_sizes"].split(",")]
         return figures
-
-    def buckets(self) -> list[int]:
-        """The bytes of DDP's buckets in the order in which backward fills them, as it logs them."""
-        model, _ = self.model({"variant": "ddp"})
-        logged = model._get_ddp_logging_data()
-        sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]
-        return [int(size) for size in sizes.split(",")]
 
     def timed(self, work, repeats=5) -> float:
         """The median seconds of `work`, which all ranks begin together; of the slowest rank."""
@@ -231,7 +230,7 @@ def main() -> None:
     result["gemm"] = utils.reduce_sum([rate])[0]
     result["settings"] = [setting | rank.measure(setting) for setting in plan["settings"]]
     if rank.world_size > 1:
-        sizes = rank.buckets()
+        sizes = rank.buckets
         kinds = {setting.get("compression", "none") for setting in plan["settings"]}
         result["buckets"] = sizes
         result["all_reduce"] = {
