@@ -87,8 +87,9 @@ class Rank:
         return wrapped, setting.get("compression", "none"), *choices
 
     def model(self, setting: dict) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model of a setting and its optimizer, one pair at a time: several would take each
-        other's place in the caches. lr 0: the work is the same and the weights stay, also on ranks that do not talk.
+        """The model of a setting and its optimizer, one pair at a time: beside others it is slower.
+
+        lr 0: the work is the same and the weights stay, also on ranks that do not talk.
         """
         kind = self.kind(setting)
         if kind not in self.models:

@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -47,9 +48,9 @@ def main() -> None:
         flags |= {"train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"}
     news = prepare_data(source, backbone, 128, rows, 8).train
     dataset = [{"input_ids": news[i][0].tolist(), "labels": news[i][1]} for i in range(rows)]
-    config = DistilBertConfig.from_pretrained(backbone, num_labels=4)
-    model = DistilBertForSequenceClassification(config)
-    model.load_state_dict(load_backbone(backbone).state_dict())
+    ours = load_backbone(backbone)
+    model = DistilBertForSequenceClassification(DistilBertConfig(**asdict(ours.config)))
+    model.load_state_dict(ours.state_dict())
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
