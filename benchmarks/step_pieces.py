@@ -178,7 +178,8 @@ class Rank:
         if self.kind(setting) == (True, "none", False, False):
             # the bytes of its buckets, in the order in which backward fills them
             logged = self.model(setting)[0]._get_ddp_logging_data()
-            self.buckets = [int(size) for size in logged["rebuilt_bucket_sizes"].split(",")]
+            sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]
+            self.buckets = [int(size) for size in sizes.split(",")]
         return figures
 
     def timed(self, work, repeats=5) -> float:
