@@ -10,7 +10,6 @@ from ranks import ROOT, environment
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benchmarks/*.md")),
          ROOT / "training" / "sample_data" / "README.md"]  # fmt: skip
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
 
 
 def code(text: str) -> list[str]:

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks.bench_inference import HEALTH, Caller, overload, percentile, request
-from inference.model_loader import Classifier
+from inference.model_loader import Classifier, LoadError
 from tests.ranks import ROOT
 from tests.server import wait_until_healthy
 from training import utils
@@ -212,7 +212,10 @@ def main() -> None:
     args = parser.parse_args()
     folder = os.environ.get("AG_NEWS_DIR")
     texts = read_folder(Path(folder) if folder else SAMPLE)[1].texts
-    classifier = Classifier(args.checkpoint_dir)
+    try:
+        classifier = Classifier(args.checkpoint_dir)
+    except LoadError as error:
+        sys.exit(f"error: {error}")
     expected = [classifier.predict([text])[0] for text in texts]
     engine = classifier.info["engine"]
     requests = [request(text) for text in texts]
