@@ -60,7 +60,8 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
 
     The cost model learns what compute costs from those marked "calibration", and from them alone.
     """
-    batches = (8, 16, 32) if quick else (8, 16, 32, 64, 128)
+    # the largest first: what it takes of fresh memory the others find there
+    batches = (32, 16, 8) if quick else (128, 64, 32, 16, 8)
     known = (8, 32) if quick else (16, 64)
     middle = 16 if quick else 32  # a process's share in the waterfall
     accumulations = (2,) if quick else (2, 4)
@@ -73,11 +74,11 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
             chosen += [{"variant": "single", "micro": 32, "precision": "fp32"},
                        {"variant": "single", "micro": 32, "compiled": True}]  # fmt: skip
     else:
-        chosen = [{"variant": "apart", "micro": middle}]
+        chosen = [{"variant": "ddp", "micro": micro} for micro in batches]
+        chosen += [{"variant": "ddp", "micro": 16, "accumulation": k} for k in accumulations]
         chosen += [{"variant": "no_sync", "micro": micro, "calibration": micro in known}
                    for micro in sorted({*known, middle})]  # fmt: skip
-        chosen += [{"variant": "ddp", "micro": micro} for micro in batches]
-        chosen += [{"variant": "ddp", "micro": 16, "accumulation": k} for k in accumulations]
+        chosen += [{"variant": "apart", "micro": middle}]
         chosen += [{"variant": "ddp", "micro": micro, "compression": kind}
                    for kind in (("bf16",) if quick else ("bf16", "fp16"))
                    for micro in ((8,) if quick else (8, 32))]  # fmt: skip
