@@ -11,7 +11,7 @@ demo: .venv/installed
 	PORT=$(PORT) bash inference/try_it.sh
 
 test: .venv/installed-dev
-	pytest
+	pytest -n 2 --dist loadfile
 
 serve: .venv/installed
 	uvicorn inference.app:app --port $(PORT)

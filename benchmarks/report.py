@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.interview import interview
-from benchmarks.reliability_page import reliability_page
 from benchmarks.speed import Speed, read
 from benchmarks.training_pages import (
     ddp_page,
@@ -214,7 +213,6 @@ WRITTEN = {
     ROOT / "benchmarks" / "inference.md": inference_page,
     ROOT / "benchmarks" / "single_gpu.md": single_page,
     ROOT / "benchmarks" / "ddp_2gpu.md": ddp_page,
-    ROOT / "docs" / "reliability.md": reliability_page,
 }
 
 

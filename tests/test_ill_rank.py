@@ -29,7 +29,7 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, ill
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode not in (0, None)
-    assert time.monotonic() - began < 40  # start, the time-out, and less than its 30 s beyond
-    lines = done.stderr.strip().splitlines()
-    assert lines[-1].startswith(last), done.stderr
+    # the start, the time-out, and the 30 s that torchrun gives a rank which does not end
+    assert time.monotonic() - began < 70
+    assert last in done.stderr.strip().splitlines()[-1], done.stderr
     assert "another rank has gone" not in done.stderr

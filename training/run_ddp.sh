@@ -19,9 +19,12 @@ if [ "${NNODES:-1}" = 1 ]; then
   # gloo would look up the host's own name, which on a laptop without network can fail or hang
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$([ "$(uname)" = Darwin ] && echo lo0 || echo lo)}
 else
-  meet=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?is 0 on the first host, 1 on the next}"
-    --rdzv-backend c10d --rdzv-id distrinews
+  # the first host keeps the store, at an address that need not be what its own name resolves to
+  first=$([ "${NODE_RANK:?is 0 on the first host, 1 on the next}" = 0 ] && echo 1 || echo 0)
+  meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
+    --rdzv-backend c10d --rdzv-id distrinews --rdzv-conf "is_host=$first"
     --rdzv-endpoint "${MASTER_ADDR:?is the address of the first host}:${MASTER_PORT:-29500}")
+  if [ "$first" = 1 ]; then meet+=(--local-addr "$MASTER_ADDR"); fi
 fi
 exec python "$here/launch.py" "${meet[@]}" --nproc-per-node "$nproc" \
   --max-restarts "${MAX_RESTARTS:-0}" "$here/train_ddp.py" "$@"

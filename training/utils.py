@@ -149,11 +149,24 @@ def end_with_launcher() -> None:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT end the process; while `deferred` they are noted, and the loop ends it."""
+    """SIGTERM and SIGINT end the process; while `deferred` they are noted, and the loop ends it.
+
+    Before the loop they have the system's own effect: Python could not run a handler while it waits
+    inside of torch for ranks that are gone.
+    """
 
     def __init__(self):
-        self.number, self.deferred = 0, False
+        self.number, self._deferred = 0, False
         end_with_launcher()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    @property
+    def deferred(self) -> bool:
+        return self._deferred
+
+    @deferred.setter
+    def deferred(self, value: bool) -> None:
+        self._deferred = value
         signal.signal(signal.SIGTERM, self.receive)
         signal.signal(signal.SIGINT, self.receive)
 
