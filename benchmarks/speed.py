@@ -43,7 +43,7 @@ class Speed:
 
     def gemm_share(self) -> list[float]:
         """What train_single.py gets out of the GEMM rate of the cores it has."""
-        launch = "1" if self.cuda or len(self.world_sizes) == 1 else "all cores"
+        launch = "1" if self.cuda else str(max(self.world_sizes))  # on a CPU, all cores at work
         flop = self.record["gflop_per_sample"] * 1e9
         rates = [one["pieces"][launch]["gemm"] for one in self.rounds]
         return [r * flop / gemm for r, gemm in zip(self.scripts("single"), rates, strict=True)]

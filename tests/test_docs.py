@@ -71,7 +71,7 @@ def test_messages_that_the_readme_explains_are_ones_that_the_code_has():
                       for path in (ROOT / folder).glob("*.py"))  # fmt: skip
     section = (ROOT / "README.md").read_text().split("## Troubleshooting")[1].split("\n## ")[0]
     for message in re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)[1:]:
-        for words in re.split(r"\d+|last\.pt|error: ", message):
+        for words in re.split(r"\d+|last\.pt|error: |SIG\w+", message):
             assert words.strip() in " ".join(sources.replace('"', "").split()), message
 
 
@@ -113,8 +113,7 @@ def test_every_experiment_shows_the_damage():
         ("no-sync-forgotten", "of 4 micro-batches: ", "of 4 micro-batches: "),
         ("undivided-accumulation", "[████]", "[▁▂▄█]"),
     ):
-        part = said.split(f"{name}: ")[1]  # up to the end; its own lines come first
-        well = [line for line in part.splitlines() if line.startswith("    right ")]
-        ill = [line for line in part.splitlines() if line.startswith("    broken")]
-        assert right in well[0] and broken in ill[0], part
-        assert well[0].split(": ")[-1] != ill[0].split(": ")[-1], part
+        part = re.search(rf"^{name}: .*\n((?:    .*\n)+)", said, re.MULTILINE)[1]
+        well, ill = re.split("^    broken", part, maxsplit=1, flags=re.MULTILINE)
+        assert right in well and broken in ill, part
+        assert re.findall(": (.*)", well) != re.findall(": (.*)", ill), part

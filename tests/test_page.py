@@ -15,6 +15,8 @@ import torch
 from ranks import ROOT
 from server import server as api
 
+import utils
+
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
@@ -34,7 +36,6 @@ PREDICTION = {
     "label": "Sports", "confidence": 0.7, "truncated": False,
     "scores": {"World": 0.1, "Sports": 0.7, "Business": 0.15, "Sci/Tech": 0.05},
 }  # fmt: skip
-
 
 # Servers
 
@@ -297,7 +298,7 @@ def test_a_model_of_the_sample_is_called_a_demonstration(trained, page, tmp_path
     path = tmp_path / "c" / "distilbert_agnews.pt"
     state = torch.load(path)
     state["provenance"]["data"] = "sample"
-    torch.save(state, path)
+    utils.save_checkpoint(state, path)
     with api(tmp_path / "c", ENGINE="torch") as server:
         assert page.open(server).facts()["Trained on"] == "sample"
         said = page.one("#model").text
