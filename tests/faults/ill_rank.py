@@ -6,7 +6,6 @@ torchrun starts it in the place of train_ddp.py; see tests/test_ill_rank.py.
 import os
 import runpy
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 TRAINING = Path(__file__).parents[2] / "training"
-sys.path.insert(0, str(TRAINING))  # as python does for the script it is given
 clip, steps = nn.utils.clip_grad_norm_, 0
 
 
