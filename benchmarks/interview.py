@@ -77,7 +77,7 @@ def interview() -> str:
             "Yes, from pieces: forward and backward without communication, the optimizer, the "
             f"all-reduce of each bucket. On {len(off)} settings that it was not calibrated on, "
             f"`benchmarks/cost_model.py` is off by {100 * median(off):.1f} % in the median and "
-            f"{100 * max(off):.1f} % at worst. For GPUs that nobody has lent us yet it gives a "
+            f"{100 * max(off):.1f} % at worst. For GPUs that were not at hand it gives a "
             "range, marked as a prediction.",
     }  # fmt: skip
     return "\n\n".join(f"**{question}** {answer}" for question, answer in answers.items())
