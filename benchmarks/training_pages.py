@@ -196,8 +196,8 @@ def single_page() -> str:
         "([ddp_2gpu.md](ddp_2gpu.md) names the sources).", "",
         "## Accuracy", "",
         *accuracy_rows("train_single"),
-        "The times in this table were taken while the machine did other work too, and bound "
-        "nothing; speed is what the table above says.", "", *recipes(),
+        "The times in this table were taken while the machine did other work too, and say "
+        "nothing of speed; the table above does.", "", *recipes(),
         "## By batch size", "",
         "![samples/s by batch size](plots/throughput.svg)", "",
     ]  # fmt: skip
@@ -519,7 +519,7 @@ def ddp_page() -> str:
              *accuracy_rows("train_single", "train_ddp"),
              "The same recipe and global batch: DDP is the same mathematics, and what differs is "
              "the order of the rows and of the sums. The times were taken while the machine did "
-             "other work too, and bound nothing.", ""]  # fmt: skip
+             "other work too, and say nothing of speed.", ""]  # fmt: skip
     for host, speed in records().items():
         if 2 in speed.world_sizes:
             page += host_sections(host, speed)
