@@ -62,11 +62,12 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
     """
     # the largest first: what it takes of fresh memory the others find there
     batches = (32, 16, 8) if quick else (128, 64, 32, 16, 8)
-    known = (8, 32) if quick else (16, 64)
+    known = (8, 32) if quick else (16, 64, 128)
     middle = 16 if quick else 32  # a process's share in the waterfall
     accumulations = (2,) if quick else (2, 4)
     if world_size == 1:
-        chosen = [{"variant": "single", "micro": micro} for micro in batches]
+        twice = () if quick else (2 * batches[0],)  # what two processes of the largest are up to
+        chosen = [{"variant": "single", "micro": micro} for micro in (*twice, *batches)]
         for one in chosen:
             one["calibration"] = one["micro"] in known
         chosen += [{"variant": "single", "micro": 16, "accumulation": k} for k in accumulations]

@@ -7,8 +7,8 @@ buckets: Li et al., PyTorch Distributed, VLDB 2020, section 3.2.3.
     step = accumulation x micro-batch + exposed communication + imbalance + update + data
 """
 
+from bisect import bisect
 from dataclasses import dataclass
-from statistics import fmean
 
 MIB = 2**20
 
@@ -36,15 +36,14 @@ def all_reduce(size: float, world_size: int, latency: float, bandwidth: float) -
     return messages * (latency + size / world_size / bandwidth)
 
 
-def line(xs: list[float], ys: list[float]) -> tuple[float, float]:
-    """(a, b) of y = a + b x by least squares; a is not below 0, as no work takes negative time."""
-    x, y = fmean(xs), fmean(ys)
-    slope = sum((p - x) * (q - y) for p, q in zip(xs, ys, strict=True)) / sum(
-        (p - x) ** 2 for p in xs
-    )
-    if y - slope * x >= 0:
-        return y - slope * x, slope
-    return 0.0, sum(p * q for p, q in zip(xs, ys, strict=True)) / sum(p * p for p in xs)
+def between(points: tuple[tuple[float, float], ...], x: float) -> float:
+    """y at x on straight lines from point to point; the first and the last line go on for ever.
+
+    One line will not do: activations that leave the caches make every further token dearer.
+    """
+    right = min(max(1, bisect([at for at, _ in points], x)), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1 : right + 1]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 def ready_times(buckets: list[float], embeddings: float, backward: float) -> list[float]:
@@ -73,8 +72,7 @@ def exposed(ready: list[float], seconds: list[float], backward: float) -> float:
 class Pieces:
     """What one kind of launch (world size, threads) costs; see `step`."""
 
-    fixed: float  # of a micro-batch's forward and backward, whatever its size
-    per_token: float  # of the same, for every padded token
+    compute: tuple[tuple[float, float], ...]  # (padded tokens, forward and backward of them)
     update: float  # clip and optimizer, once a step
     data: float  # collating, for every token
     agree: float  # the ranks' agreement on going on, once a step
@@ -91,7 +89,7 @@ def step(pieces: Pieces, tokens: float, accumulation: int = 1) -> float:
     On a CPU whose cores all compute, communication takes the cores away from backward, so none of
     it is hidden. On a GPU it runs beside backward. Backward is two thirds of a micro-batch.
     """
-    micro = pieces.fixed + pieces.per_token * tokens
+    micro = between(pieces.compute, tokens)
     if pieces.overlap and pieces.buckets:
         backward = micro * 2 / 3
         ready = ready_times(list(pieces.buckets), pieces.embeddings, backward)
@@ -145,9 +143,10 @@ def gpu(
     `flop` of a row at `rate` FLOP/s, `fixed` seconds a step for the optimizer and launches; at more
     than one GPU `size` is the part of the gradients' bytes that is sent (half with 16-bit hooks).
     """
-    pieces = Pieces(0, flop / rate, fixed, 0, 0, 0)
+    compute = ((0, 0), (1, flop / rate))  # of rows, not tokens
+    pieces = Pieces(compute, fixed, 0, 0, 0)
     if world_size > 1:
         sent = tuple(size * bucket for bucket in buckets)
         seconds = tuple(all_reduce(bucket, world_size, latency, bandwidth) for bucket in sent)
-        pieces = Pieces(0, flop / rate, fixed, 0, 0, 0, sent, seconds, size * embeddings, True)
+        pieces = Pieces(compute, fixed, 0, 0, 0, sent, seconds, size * embeddings, True)
     return step(pieces, rows, accumulation)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from benchmarks.cost_model import Pieces, line, step
+from benchmarks.cost_model import Pieces, step
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -76,11 +76,11 @@ class Speed:
         """The cost model's inputs, from the calibration settings and the microbenchmarks alone."""
         known = [one for one in self.settings(launch) if one.get("calibration")]
         tokens = [one["tokens"][0] for one in known]
-        fixed, per_token = line(tokens, [median(one["compute"]) for one in known])
+        compute = tuple(sorted(zip(tokens, (median(one["compute"]) for one in known), strict=True)))
         update = median(median(one["update"]) for one in known)
         data = sum(median(one["data"]) for one in known) / sum(tokens)
         if launch in (1, "1", "all cores"):
-            return Pieces(fixed, per_token, update, data, 0, 0)
+            return Pieces(compute, update, data, 0, 0)
         lag = median(
             off / compute
             for one in known
@@ -93,7 +93,7 @@ class Speed:
         config = self.record["config"]
         rows = config["vocab_size"] + config["max_position_embeddings"]
         embeddings = 4.0 * config["dim"] * rows
-        return Pieces(fixed, per_token, update, data, agree, lag, tuple(launches[0]["buckets"]),
+        return Pieces(compute, update, data, agree, lag, tuple(launches[0]["buckets"]),
                       tuple(seconds), embeddings, self.cuda)  # fmt: skip
 
     def exchange(self, launch, micro: int) -> dict:

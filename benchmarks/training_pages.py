@@ -298,7 +298,7 @@ def host_sections(host: str, speed: Speed) -> list[str]:
         try:
             got, guessed = strong(speed, rows_each)
             cells += [f"**{spread(got, 2)}**", guess(guessed, 2)]
-        except StopIteration:  # one process at twice the largest batch is not measured
+        except StopIteration:  # --quick leaves out one process at twice the largest batch
             cells += [f"`{BENCH if speed.cuda else 'make bench'}`", ""]
         got, guessed = weak(speed, rows_each)
         rows.append([*cells, f"**{spread(got, 2)}**", guess(guessed, 2)])
@@ -323,8 +323,8 @@ def host_sections(host: str, speed: Speed) -> list[str]:
     launches = [one["pieces"]["2"] for one in speed.rounds]
     page += ["### The pieces", ""]
     page += table(["piece", "measured"], [
-        ["forward and backward of a micro-batch", f"**{1e3 * two.fixed:.0f} ms + "
-         f"{1e6 * two.per_token:.0f} µs a token**"],
+        *([f"forward and backward of {tokens:,.0f} padded tokens",
+           f"**{1e3 * seconds:,.0f} ms**"] for tokens, seconds in two.compute),
         ["clip and optimizer", f"**{1e3 * two.update:.0f} ms**"],
         ["collating", f"**{1e6 * two.data:.2f} µs a token**"],
         ["agreeing on going on", f"**{1e3 * two.agree:.2f} ms**"],
@@ -353,7 +353,7 @@ def host_sections(host: str, speed: Speed) -> list[str]:
     page += ["### Predicted against measured", "",
              f"![predicted against measured](plots/predicted_{slug(host)}.svg)", "",
              "[cost_model.py](cost_model.py) knows the pieces above, learnt from steps without "
-             f"communication at {' and '.join(map(str, calibration(speed)))} rows. On the "
+             f"communication at {', '.join(map(str, calibration(speed)))} rows. On the "
              f"{len(off)} settings below, none of which it was calibrated on, its median error "
              f"is **{100 * median(off):.1f} %** and its worst **{100 * max(off):.1f} %**.", ""]
     page += table(["processes", "each", "step measured, ms", "predicted, ms", "error"], [

@@ -28,10 +28,11 @@ def test_all_reduce_of_four():
     assert cost_model.all_reduce(8e6, 4, 0.001, 2e9) == pytest.approx(0.012)
 
 
-def test_a_line_through_points_and_one_held_above_zero():
-    assert cost_model.line([1, 2, 3], [5, 7, 9]) == pytest.approx((3, 2))
-    # least squares would give -1 + 2x; through the origin: (1 x 1 + 2 x 3) / (1 + 4)
-    assert cost_model.line([1, 2], [1, 3]) == pytest.approx((0, 1.4))
+def test_straight_lines_between_points_that_go_on_beyond_them():
+    points = ((10, 1.0), (20, 2.0), (40, 6.0))  # 0.1 a token, then 0.2
+    assert [cost_model.between(points, x) for x in (10, 15, 20, 30, 40)] == [1, 1.5, 2, 4, 6]
+    assert cost_model.between(points, 5) == pytest.approx(0.5)
+    assert cost_model.between(points, 50) == pytest.approx(8.0)
 
 
 def test_buckets_fill_with_the_layers_and_embeddings_come_last():
@@ -47,7 +48,9 @@ def test_exposed_is_what_ends_after_backward():
     assert cost_model.exposed([0.5], [0.1], 2.0) == 0
 
 
-PIECES = Pieces(0.1, 0.001, 0.05, 0.0001, 0.002, 0.1, (35, 35, 30), (0.2, 0.2, 0.3), 30)
+# 0.1 s, and 0.001 a token
+COMPUTE = ((100, 0.2), (400, 0.5))
+PIECES = Pieces(COMPUTE, 0.05, 0.0001, 0.002, 0.1, (35, 35, 30), (0.2, 0.2, 0.3), 30)
 
 
 def test_a_step_on_a_cpu_hides_no_communication():
