@@ -56,10 +56,7 @@ def make_backbone(folder: Path) -> None:
 
 
 def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[dict]:
-    """What step_pieces.py measures in a launch of `world_size` processes.
-
-    The cost model learns what compute costs from those marked "calibration", and from them alone.
-    """
+    """What step_pieces.py measures in a launch of `world_size` processes."""
     # the largest first: what it takes of fresh memory the others find there
     batches = (32, 16, 8) if quick else (128, 64, 32, 16, 8)
     known = (8, 32) if quick else (16, 64, 128)
@@ -68,8 +65,6 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
     if world_size == 1:
         twice = () if quick else (2 * batches[0],)  # what two processes of the largest are up to
         chosen = [{"variant": "single", "micro": micro} for micro in (*twice, *batches)]
-        for one in chosen:
-            one["calibration"] = one["micro"] in known
         chosen += [{"variant": "single", "micro": 16, "accumulation": k} for k in accumulations]
         if cuda:
             chosen += [{"variant": "single", "micro": 32, "precision": "fp32"},
@@ -77,8 +72,7 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
     else:
         chosen = [{"variant": "ddp", "micro": micro} for micro in batches]
         chosen += [{"variant": "ddp", "micro": 16, "accumulation": k} for k in accumulations]
-        chosen += [{"variant": "no_sync", "micro": micro, "calibration": micro in known}
-                   for micro in sorted({*known, middle})]  # fmt: skip
+        chosen += [{"variant": "no_sync", "micro": micro} for micro in sorted({*known, middle})]
         chosen += [{"variant": "apart", "micro": middle}]
         chosen += [{"variant": "ddp", "micro": micro, "compression": kind}
                    for kind in (("bf16",) if quick else ("bf16", "fp16"))

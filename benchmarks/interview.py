@@ -80,4 +80,4 @@ def interview() -> str:
             f"{100 * max(off):.1f} % at worst. For GPUs that were not at hand it gives a "
             "range, marked as a prediction.",
     }  # fmt: skip
-    return "\n\n".join(f"**{question}** {answer}" for question, answer in answers.items())
+    return "\n".join(f"1. **{question}** {answer}" for question, answer in answers.items())

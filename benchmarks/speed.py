@@ -72,9 +72,18 @@ class Speed:
         plain = [one for one in self.settings(launch) if key(one)[2:] == rest]
         return sorted(one["micro"] for one in plain if one["variant"] == variant)
 
+    def calibration(self, launch) -> list[dict]:
+        """The settings without communication from which the cost model learns what compute costs:
+        16 and 64 rows and the largest, beyond which no line is drawn; of a quick record the ends.
+        """
+        variant = "single" if launch in (1, "1", "all cores") else "no_sync"
+        micros = self.micros(launch, variant)
+        chosen = {16, 64, micros[-1]} if 64 in micros else {micros[0], micros[-1]}
+        return [self.find(launch, variant, micro) for micro in sorted(chosen)]
+
     def pieces(self, launch, compression="none") -> Pieces:
         """The cost model's inputs, from the calibration settings and the microbenchmarks alone."""
-        known = [one for one in self.settings(launch) if one.get("calibration")]
+        known = self.calibration(launch)
         tokens = [one["tokens"][0] for one in known]
         compute = tuple(sorted(zip(tokens, (median(one["compute"]) for one in known), strict=True)))
         update = median(median(one["update"]) for one in known)

@@ -3,7 +3,7 @@
 from statistics import median
 
 from benchmarks.cost_model import flops_per_sample, gpu, waterfall
-from benchmarks.speed import RESULTS, Speed, read
+from benchmarks.speed import RESULTS, Speed, key, read
 from training.model import Config
 
 EPOCH_ROWS = 114_000  # of AG News's 120,000, less the 5 % set aside for validation
@@ -265,11 +265,13 @@ def steps_of_the_way(speed: Speed) -> tuple[int, list[tuple[str, float]]]:
 
 def compared(speed: Speed) -> list[tuple[str, dict, float]]:
     """(launch, setting, predicted seconds) of all that the cost model was not calibrated on."""
+    known = {launch: [key(one) for one in speed.calibration(launch)]
+             for launch in speed.world_sizes}  # fmt: skip
     return [
         (str(launch), one, speed.predicted(launch, one))
         for launch in speed.world_sizes
         for one in speed.settings(launch)
-        if one["variant"] in ("single", "ddp") and not one.get("calibration")
+        if one["variant"] in ("single", "ddp") and key(one) not in known[launch]
         and one["precision"] == speed.record["precision"] and not one.get("compiled")
     ]  # fmt: skip
 
@@ -353,7 +355,8 @@ def host_sections(host: str, speed: Speed) -> list[str]:
     page += ["### Predicted against measured", "",
              f"![predicted against measured](plots/predicted_{slug(host)}.svg)", "",
              "[cost_model.py](cost_model.py) knows the pieces above, learnt from steps without "
-             f"communication at {', '.join(map(str, calibration(speed)))} rows. On the "
+             f"communication at {calibration(speed)} rows a process (one alone: "
+             f"{calibration(speed, 1)}). On the "
              f"{len(off)} settings below, none of which it was calibrated on, its median error "
              f"is **{100 * median(off):.1f} %** and its worst **{100 * max(off):.1f} %**.", ""]
     page += table(["processes", "each", "step measured, ms", "predicted, ms", "error"], [
@@ -364,8 +367,8 @@ def host_sections(host: str, speed: Speed) -> list[str]:
     return page
 
 
-def calibration(speed: Speed) -> list[int]:
-    return [one["micro"] for one in speed.settings(2) if one.get("calibration")]
+def calibration(speed: Speed, launch: int = 2) -> str:
+    return ", ".join(str(one["micro"]) for one in speed.calibration(launch))
 
 
 def reasons(speed: Speed, micro: int, way: dict[str, float]) -> list[str]:

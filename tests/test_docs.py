@@ -1,22 +1,31 @@
 """What the pages say exists, and runs: pytest tests/test_docs.py"""
 
+import json
+import math
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from ranks import ROOT, environment
+from server import server
+
+from training.model import Config, NewsClassifier
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benchmarks/*.md")),
          ROOT / "training" / "sample_data" / "README.md"]  # fmt: skip
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
 def code(text: str) -> list[str]:
-    """The lines of shell blocks and all that stands in backticks."""
-    blocks = "\n".join(re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL))
-    return blocks.splitlines() + re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text,
-                                                                   flags=re.DOTALL))  # fmt: skip
+    """The lines of shell blocks without comments, and all that stands in backticks."""
+    shell = "".join(lines for kind, lines in BLOCK.findall(text) if kind in ("bash", ""))
+    lines = [re.sub(r"(^|\s+)# .*", "", line) for line in shell.splitlines()]
+    return [line for line in lines if line] + re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
 
 
 def test_the_readme_is_short():
@@ -73,6 +82,88 @@ def test_messages_that_the_readme_explains_are_ones_that_the_code_has():
     for message in re.findall(r"^\| `([^`]+)`", section, re.MULTILINE)[1:]:
         for words in re.split(r"\d+|last\.pt|error: |SIG\w+", message):
             assert words.strip() in " ".join(sources.replace('"', "").split()), message
+
+
+# Commands: what is added so that one is quick, or in capitals what it needs that is not here
+
+TINY = "--model {tiny} --data {news} --max-steps 2 --max-eval-samples 8 --checkpoint-dir {out}"
+QUICK = {
+    r"python training/train_single.py": TINY,
+    r"bash training/run_ddp.sh": TINY,
+    r"bash training/run_ddp.sh --data sample --model packaged":
+        "--max-steps 2 --max-eval-samples 8 --checkpoint-dir {out}",
+    r"NNODES=2 .* bash training/run_ddp.sh": "TWO HOSTS, as test_two_hosts.py has",
+    r"python training/lab.py.*": "",
+    r"diff training/.*": "",
+    r"python inference/export.py --to hf": "--checkpoint-dir {exported}",
+    r"python inference/export.py --to onnx": "--checkpoint-dir {exported} --data {news}",
+    r"python inference/deploy_space.py OWNER/NAME --dry-run": "--checkpoint-dir {exported}",
+    r"python inference/deploy_space.py OWNER/NAME": "AN ACCOUNT",
+    r"python -m (benchmarks|tests)\..*": "--help",
+    r"make [a-z]+.*": "--dry-run",
+    r"curl localhost:7860/predict .*": "",
+    r"!?git clone .*": "AN ACCOUNT",
+    r"kaggle kernels .*": "AN ACCOUNT",
+    r"hf auth login": "AN ACCOUNT",
+    r"docker build .*": "DOCKER",
+    r"pip install .*": "THE NETWORK, and is in the Makefile",
+}  # fmt: skip
+STARTS = ("python ", "bash ", "make ", "curl ", "pip ", "kaggle kernels", "docker ", "git ",
+          "diff ", "NNODES", "!", "hf ", "torchrun ")  # fmt: skip
+COMMANDS = sorted({piece for page in PAGES for piece in code(page.read_text())
+                   if piece.startswith(STARTS)})  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_runs(command, tiny_backbone, news_folder, exported, tmp_path):
+    [quick] = [more for pattern, more in QUICK.items() if re.fullmatch(pattern, command)]
+    if quick[:2].isupper():
+        pytest.skip(f"needs {quick}")
+    more = quick.format(tiny=tiny_backbone, news=news_folder, out=tmp_path, exported=exported)
+    env = environment(NPROC_PER_NODE="2")
+    if command.startswith("curl"):
+        with server(exported) as url:
+            command = command.replace("localhost:7860", url) + " --fail --silent"
+            said = subprocess.run(command, shell=True, check=True, capture_output=True).stdout
+        assert json.loads(said)["label"] in ("World", "Sports", "Business", "Sci/Tech")
+        return
+    done = subprocess.run(["bash", "-c", f"{command} {more}"], cwd=ROOT, env=env, timeout=100,
+                          capture_output=True, text=True)  # fmt: skip
+    differs = command.startswith("diff")
+    assert done.returncode == differs, done.stdout + done.stderr
+
+
+# Numbers: what a page says in prose is in the sources, or is worked out here; what was measured
+# stands in tables that report.py writes
+
+
+def test_numbers_in_prose_have_a_source():
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in NewsClassifier(Config()).parameters())
+    record = json.loads((ROOT / "benchmarks/results/agnews_packaged_ddp.json").read_text())
+    rows, right = record["test_samples"], record["test_accuracy"]
+    known = {
+        f"{parameters:,}", f"{4 * parameters / 1e6:.1f}",
+        f"{2 * 7 / 8 * 4 * parameters / 1e6:.1f}",  # what each of eight ranks sends in a ring
+        f"{rows:,}", f"{100 / rows:.2f}", f"{100 * math.sqrt(right * (1 - right) / rows):.1f}",
+        str(record["config"]["dim"]),
+        "2015", "2026",  # when a paper appeared, and when the Hub began to ask for a plan
+    }  # fmt: skip
+    folders = ("training", "inference", "benchmarks", "tests")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*")
+               if path.suffix in (".py", ".sh", ".html")]  # fmt: skip
+    sources += [ROOT / "Dockerfile", *ROOT.glob("requirements*.txt")]
+    for path in sources:
+        if path.name != "test_docs.py":
+            known |= set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", path.read_text().replace("_", "")))
+    for page in PAGES:
+        if page.parent.name == "benchmarks":
+            continue  # written whole by report.py
+        text = re.sub(r"<!-- records.*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+        text = re.sub(r"\]\([^)]*\)", "]", text)
+        for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text):
+            number = number.rstrip(",")
+            assert number in known or number.replace(",", "") in known, f"{page.name}: {number}"
 
 
 @pytest.mark.parametrize("page", [ROOT / "docs" / "ddp_explained.md"], ids=lambda page: page.name)

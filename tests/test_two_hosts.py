@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -18,7 +19,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def wire():
-    """Two namespaces with a virtual wire between them."""
+    """Two namespaces with a virtual wire between them; what it gives cuts it and joins it again."""
     try:
         for name in NAMES:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
@@ -32,7 +33,7 @@ def wire():
             ip("-n", name, "address", "add", f"{address}/24", "dev", f"wire{number}")
             for device in ("lo", f"wire{number}"):
                 ip("-n", name, "link", "set", device, "up")
-        yield
+        yield lambda state: ip("-n", NAMES[0], "link", "set", "wire0", state)
     finally:
         for name in NAMES:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
@@ -82,3 +83,46 @@ def test_two_hosts_end_with_the_bits_of_one_with_as_many_processes(
     subprocess.run(command, cwd=tmp_path, env=environment(NPROC_PER_NODE="4"), check=True)
     there, here = weights(tmp_path / "host0" / "c"), weights(tmp_path / "c")
     assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_a_cut_wire_ends_both_sides_and_the_same_command_goes_on(
+    wire, tiny_backbone, news_folder, tmp_path
+):
+    arguments = flags(tiny_backbone, news_folder, "--epochs", 400, "--max-steps", 3000)
+    hosts = [start(tmp_path, host, arguments) for host in range(2)]
+    last = tmp_path / "host0" / "c" / "last.pt"
+    until = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(1)
+    wire("down")
+    began = time.monotonic()
+    statuses = finish(hosts)
+    assert time.monotonic() - began < 10 + 30
+    for host in range(2):
+        said = (tmp_path / f"host{host}" / "log").read_text()
+        assert statuses[host] != 0
+        assert "error: another rank did not come to a collective within 10 s" in said
+        assert said.strip().splitlines()[-1].startswith("error: ")
+    wire("up")
+    hosts = [start(tmp_path, host, arguments) for host in range(2)]
+    assert finish(hosts) == [0, 0]
+    assert "resuming from" in (tmp_path / "host0" / "log").read_text()
+    assert (tmp_path / "host0" / "c" / "distilbert_agnews.pt").exists()
+
+
+@pytest.mark.parametrize("ill", ["address", "port"])
+def test_hosts_that_cannot_meet_say_so_in_one_line(ill, tiny_backbone, news_folder, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        meet = {"NODE_RANK": "1", "MASTER_ADDR": "192.0.2.1"}  # reserved: nobody has it
+        if ill == "port":
+            meet = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            ["bash", ROOT / "training" / "run_ddp.sh", *flags(tiny_backbone, news_folder)],
+            cwd=tmp_path, env=environment(NNODES="2", TIMEOUT="3", **meet),
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: the hosts' common store does not answer (" in done.stderr
+    assert "Traceback" not in done.stderr

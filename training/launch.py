@@ -2,16 +2,27 @@
 
 torchrun is `torch.distributed.run.main()`. When a rank fails it buries what the rank said under a
 traceback of its own and exits with 1. Here the rank's words stay last, and its status is passed on.
+What keeps hosts from meeting, or parts them, is said in one line.
 """
 
 import logging
 import os
 import signal
 import sys
+import threading
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.run import main
+
+
+def goodbye(handler, in_full=DynamicRendezvousHandler.shutdown) -> None:
+    """torchrun's last words to the store, for ten seconds: behind a cut wire they take minutes."""
+    talking = threading.Thread(target=in_full, args=[handler], daemon=True)
+    talking.start()
+    talking.join(10)
 
 
 def launch() -> int:
@@ -27,6 +38,12 @@ def launch() -> int:
         return failure.exitcode
     except SignalException as error:
         return 128 + error.sigval
+    except RendezvousError as error:
+        cause = str(error.__cause__ or error).splitlines()[0]
+        print(f"error: the hosts' common store does not answer ({cause}); is MASTER_ADDR the first "
+              "host's address, MASTER_PORT free there, its launcher running, the network whole?",
+              file=sys.stderr)  # fmt: skip
+        return 1
     return 0
 
 
@@ -34,4 +51,5 @@ if __name__ == "__main__":
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see utils.end_with_launcher
     # a rank finishes its step and saves before it obeys a signal; torchrun would kill it after 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    DynamicRendezvousHandler.shutdown = goodbye
     sys.exit(launch())

@@ -20,9 +20,11 @@ if [ "${NNODES:-1}" = 1 ]; then
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$([ "$(uname)" = Darwin ] && echo lo0 || echo lo)}
 else
   # the first host keeps the store, at an address that need not be what its own name resolves to
+  TIMEOUT=${TIMEOUT:-600}
   first=$([ "${NODE_RANK:?is 0 on the first host, 1 on the next}" = 0 ] && echo 1 || echo 0)
   meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
-    --rdzv-backend c10d --rdzv-id distrinews --rdzv-conf "is_host=$first"
+    --rdzv-backend c10d --rdzv-id distrinews
+    --rdzv-conf "is_host=$first,read_timeout=$((TIMEOUT < 60 ? TIMEOUT : 60))"
     --rdzv-endpoint "${MASTER_ADDR:?is the address of the first host}:${MASTER_PORT:-29500}")
   if [ "$first" = 1 ]; then meet+=(--local-addr "$MASTER_ADDR"); fi
 fi

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -128,11 +129,12 @@ def one_line_errors(*kinds: type[Exception]):
         if caused_elsewhere:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        if line is None:
-            raise
         sys.stdout.flush()
         with tqdm.external_write_mode():  # takes the progress bar away, and it stays away
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            if line is None:
+                traceback.print_exc()
+            else:
+                print(f"error: {line}", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly exit can wait for ranks that are gone
 
 

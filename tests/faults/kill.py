@@ -106,7 +106,12 @@ def kill_once(run: Run, chance: random.Random) -> dict:
         found["loadable"] = loadable(run.last)
         run.start()
         again = 1
-    status = run.process.wait(200)
+    try:
+        status = run.process.wait(200)
+    except subprocess.TimeoutExpired:
+        status = "hangs"
+        for pid in processes(run.mark):
+            os.kill(pid, signal.SIGKILL)
     return found | {"status": status, "same_command_again": again}
 
 

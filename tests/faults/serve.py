@@ -23,7 +23,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from benchmarks.bench_inference import HEALTH, Caller, overload, percentile, request
+from benchmarks.bench_inference import HEALTH, Caller, closed_loop, overload, percentile, request
 from inference.model_loader import Classifier, LoadError
 from tests.ranks import ROOT
 from tests.server import wait_until_healthy
@@ -96,30 +96,11 @@ def load(port: int, pid: int, texts: list[str], expected: list[dict], count: int
     }  # fmt: skip
 
 
-def rate(port: int, requests: list[bytes], seconds: float) -> float:
-    """200s a second from 32 callers, each asking again as soon as it has its answer."""
-    done, until = Counter(), time.perf_counter() + seconds
-
-    def call(number):
-        caller = Caller(port)
-        for one in requests[number::32] * 1000:
-            if time.perf_counter() > until:
-                return
-            done[caller.ask(one)] += 1
-
-    threads = [threading.Thread(target=call, args=[n]) for n in range(32)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return done[200] / seconds
-
-
 def too_many(port: int, requests: list[bytes], seconds: float) -> dict:
     """Ten times the best rate for a while; then how soon the best rate is back."""
-    best = rate(port, requests, 4)
+    best = closed_loop(port, requests, 32, 6)["requests_per_second"]
     during = overload(port, requests, 10 * best, seconds)
-    after = rate(port, requests, 1)
+    after = closed_loop(port, requests, 32, 1, warm_up=0)["requests_per_second"]
     return during | {"best_per_second": best, "seconds": seconds, "first_second_after": after}
 
 
