@@ -164,6 +164,9 @@ class Door:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if refusal := self.refusal(scope):
+            requests.labels(scope["path"], refusal.status_code).inc()
+            return await refusal(scope, receive, send)
         status, began = 500, time.perf_counter()
 
         async def watched(message):
@@ -173,7 +176,7 @@ class Door:
             await send(message)
 
         try:
-            await (self.refusal(scope) or self.app)(scope, receive, watched)
+            await self.app(scope, receive, watched)
         finally:
             # the route's own path: what a client can invent would grow without bound
             path = scope["path"] if scope["path"] in LIMITS else "other"
@@ -185,12 +188,12 @@ class Door:
         limit = LIMITS.get(scope["path"])
         if limit is None or scope["method"] != "POST":
             return None
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            return JSONResponse({"detail": f"body: over {limit // 1024} KiB"}, 413)
         batcher = scope["state"]["service"].batcher
         if batcher and not batcher.room():
             return full(batcher.retry_after())
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > limit:
+            return JSONResponse({"detail": f"body: over {limit // 1024} KiB"}, 413)
         return None
 
 
