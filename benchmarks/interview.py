@@ -39,8 +39,8 @@ def interview() -> str:
         "Can all of the communication be hidden?":
             f"No. The last bucket, {last_size:.1f} MB with the word embeddings, is full when "
             f"backward ends, and its {last} have nothing to hide behind. On a CPU the cores that "
-            f"would send are computing, too: of {alone} of all-reduce, "
-            f"{way['exposed communication']} showed in the step.",
+            f"would send are computing, too: all-reduce takes {alone} alone, and makes a step "
+            f"{way['exposed communication']} longer.",
         "How would you make it scale better?":
             f"More work for each exchange: at {largest} rows a process the weak speed-up is "
             f"{times(weak(speed, largest)[0])}, at 8 it is {times(weak(speed, 8)[0])}. Accumulate "

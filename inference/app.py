@@ -37,7 +37,7 @@ DRAIN_SECONDS = float(os.environ.get("DRAIN_SECONDS", 1))  # for a balancer to s
 logger = logging.getLogger("uvicorn.error")
 requests = Counter("requests", "Requests by route and status", ["route", "status"])
 seconds = Histogram(
-    "request_seconds", "Time to answer, by route", ["route"],
+    "request_seconds", "Time to answer what was let in, by route", ["route"],
     buckets=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5],
 )  # fmt: skip
 batch_rows = Histogram("batch_rows", "Texts that shared a forward pass", buckets=[1, 2, 4, 8, 16])

@@ -2,27 +2,18 @@
 
 torchrun is `torch.distributed.run.main()`. When a rank fails it buries what the rank said under a
 traceback of its own and exits with 1. Here the rank's words stay last, and its status is passed on.
-What keeps hosts from meeting, or parts them, is said in one line.
+What keeps hosts from meeting is said in one line.
 """
 
 import logging
 import os
 import signal
 import sys
-import threading
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.api import RendezvousError
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.run import main
-
-
-def goodbye(handler, in_full=DynamicRendezvousHandler.shutdown) -> None:
-    """torchrun's last words to the store, for ten seconds: behind a cut wire they take minutes."""
-    talking = threading.Thread(target=in_full, args=[handler], daemon=True)
-    talking.start()
-    talking.join(10)
 
 
 def launch() -> int:
@@ -51,5 +42,4 @@ if __name__ == "__main__":
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see utils.end_with_launcher
     # a rank finishes its step and saves before it obeys a signal; torchrun would kill it after 30 s
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    DynamicRendezvousHandler.shutdown = goodbye
     sys.exit(launch())
