@@ -21,9 +21,11 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.bench_training import RESULTS, ROOT
@@ -93,6 +95,13 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) / 1024
 
+    def cpu_seconds(self) -> tuple[float, float]:
+        """So far: of the thread that speaks HTTP, and of the model's threads and all others."""
+        threads = psutil.Process(self.process.pid).threads()
+        spent = {thread.id: thread.user_time + thread.system_time for thread in threads}
+        http = spent.pop(self.process.pid)  # the main thread has the process's number
+        return http, sum(spent.values())
+
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(30)
@@ -160,6 +169,21 @@ def closed_loop(port: int, requests: list[bytes], callers: int, seconds: float, 
         thread.join()
     return {"requests_per_second": len(times) / seconds, "p50_ms": 1e3 * percentile(times, 0.5),
             "p99_ms": 1e3 * percentile(times, 0.99)}  # fmt: skip
+
+
+def cores_used(server: Server, load: Callable[..., dict], *args) -> dict:
+    """What `load` returned, with the mean number of cores that each side was busy on meanwhile.
+
+    Callers share the machine with the server, so what they take, it cannot have.
+    """
+    began, callers, spent = time.perf_counter(), time.process_time(), server.cpu_seconds()
+    result = load(server.port, *args)
+    wall = time.perf_counter() - began
+    http, model = (
+        (now - then) / wall for now, then in zip(server.cpu_seconds(), spent, strict=True)
+    )
+    callers = (time.process_time() - callers) / wall
+    return result | {"cores": {"model": model, "http": http, "callers": callers}}
 
 
 def overload(port: int, requests: list[bytes], rate: float, seconds: float) -> dict:
@@ -241,15 +265,18 @@ def main() -> None:
                 server = Server(name, Path(place), texts[0])
                 result["start_seconds"].append(server.start_seconds)
                 for callers, loops in result["loops"].items():
-                    loops.append(closed_loop(server.port, requests, callers, args.seconds))
-                    print(f"round {number + 1}, {name}, {callers} callers:",
-                          {k: round(v, 1) for k, v in loops[-1].items()}, flush=True)  # fmt: skip
+                    loops.append(
+                        cores_used(server, closed_loop, requests, callers, args.seconds)
+                    )
+                    rate, p50 = loops[-1]["requests_per_second"], loops[-1]["p50_ms"]
+                    print(f"round {number + 1}, {name}, {callers} callers: {rate:.1f} requests/s, "
+                          f"p50 {p50:.1f} ms", flush=True)  # fmt: skip
                 result["resident_mb"].append(server.resident_mb())
                 if name == "onnx":
                     best = max(loops[-1]["requests_per_second"]
                                for loops in result["loops"].values())  # fmt: skip
                     rate = OVERLOAD * best
-                    overloads.append(overload(server.port, requests, rate, args.seconds))
+                    overloads.append(cores_used(server, overload, requests, rate, args.seconds))
                     overloads[-1]["share_of_best"] = overloads[-1]["ok_per_second"] / best
                     print("overload:", overloads[-1], flush=True)
                 server.stop()

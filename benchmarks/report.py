@@ -199,9 +199,18 @@ def inference_page() -> str:
         f"| 200s per second, part of the best rate | {spread(each(runs, 'share_of_best'), 2)} |",
         f"| `/health` p99, ms | {spread(each(runs, 'health_p99_ms'))} |",
         "",
-        "The caller that makes these requests, the HTTP layer that refuses most of them, and the "
-        "model share the same cores.",
+        "The callers, the HTTP layer that refuses most of them, and the model share the machine. "
+        "How many cores each kept busy:",
+        "",
+        "| load | model | HTTP | callers |",
+        "|---|---|---|---|",
     ]
+    most = max(servers["onnx"]["loops"], key=int)
+    loads = {f"{most} callers that wait": servers["onnx"]["loops"][most], "ten times": runs}
+    for name, load in loads.items():
+        cores = each(load, "cores")
+        cells = [spread(each(cores, who), 2) for who in ("model", "http", "callers")]
+        page.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(page) + "\n"
 
 

@@ -5,6 +5,7 @@ curl localhost:7860/predict -H 'Content-Type: application/json' -d '{"text": "Sh
 """
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -151,6 +152,7 @@ app = FastAPI(
 )
 
 
+@functools.lru_cache  # under overload most answers are this one
 def full(retry_after: int) -> JSONResponse:
     return JSONResponse({"detail": "the queue is full"}, 429, {"Retry-After": str(retry_after)})
 
