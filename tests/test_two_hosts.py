@@ -1,6 +1,7 @@
 """Two hosts of two processes each, as network namespaces: pytest tests/test_two_hosts.py (root)"""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ def wire():
             ip("-n", name, "address", "add", f"{address}/24", "dev", f"wire{number}")
             for device in ("lo", f"wire{number}"):
                 ip("-n", name, "link", "set", device, "up")
-        yield
+        yield lambda state: ip("-n", NAMES[0], "link", "set", "wire0", state)
     finally:
         for name in NAMES:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
@@ -83,6 +84,32 @@ def test_two_hosts_end_with_the_bits_of_one_with_as_many_processes(
     subprocess.run(command, cwd=tmp_path, env=environment(NPROC_PER_NODE="4"), check=True)
     there, here = weights(tmp_path / "host0" / "c"), weights(tmp_path / "c")
     assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_a_cut_wire_ends_both_sides_and_the_same_command_goes_on(
+    wire, tiny_backbone, news_folder, tmp_path
+):
+    arguments = flags(tiny_backbone, news_folder, "--epochs", 100, "--max-steps", 500)
+    hosts = [start(tmp_path, host, arguments) for host in range(2)]
+    last = tmp_path / "host0" / "c" / "last.pt"
+    until = time.monotonic() + 60
+    while not last.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    wire("down")
+    began = time.monotonic()
+    statuses = finish(hosts)
+    assert time.monotonic() - began < 10 + 30
+    for host in range(2):
+        said = (tmp_path / f"host{host}" / "log").read_text().strip().splitlines()
+        assert statuses[host] == 1
+        # the ranks' collective, or on the second host the launcher's store, whichever is first
+        assert re.match("error: (another rank did not come|the hosts' common store)", said[-1])
+    assert last.exists()
+    wire("up")
+    hosts = [start(tmp_path, host, arguments) for host in range(2)]
+    assert finish(hosts) == [0, 0]
+    assert "resuming from" in (tmp_path / "host0" / "log").read_text()
+    assert (tmp_path / "host0" / "c" / "distilbert_agnews.pt").exists()
 
 
 @pytest.mark.parametrize("ill", ["address", "port"])

@@ -8,15 +8,40 @@ What keeps hosts from meeting is said in one line.
 import logging
 import os
 import signal
+import socket
 import sys
+from datetime import timedelta
 
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main
 
 
+class ImpatientStore(TCPStore):
+    """The hosts' common store, whose calls end when the other side has been silent for `timeout`.
+
+    A call that times out says so to the store, and waits for its reply without any limit: for a
+    quarter of an hour, behind a cut wire. So the kernel is asked to give the connection up.
+    """
+
+    def __init__(self, *args, timeout: timedelta, **kwargs):
+        super().__init__(*args, timeout=timeout, **kwargs)
+        milliseconds = 1000 * int(timeout.total_seconds())
+        for number in os.listdir("/proc/self/fd") if sys.platform == "linux" else []:
+            try:
+                with socket.socket(fileno=os.dup(int(number))) as connection:
+                    connection.setsockopt(
+                        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds
+                    )
+            except OSError:
+                pass  # no TCP connection, but a file
+
+
 def launch() -> int:
+    c10d_rendezvous_backend.TCPStore = ImpatientStore
     logging.disable(logging.ERROR)  # in this process alone; the ranks log as they like
     try:
         main()
