@@ -1,4 +1,4 @@
-"""torchrun with a quiet ending; run_ddp.sh calls it with torchrun's own arguments.
+"""torchrun that ends quietly and starts again cleanly; run_ddp.sh gives it torchrun's arguments.
 
 torchrun is `torch.distributed.run.main()`. When a rank fails it buries what the rank said under a
 traceback of its own and exits with 1. Here the rank's words stay last, and its status is passed on.
@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.run import main
 
 
@@ -40,8 +41,22 @@ class ImpatientStore(TCPStore):
                 pass  # no TCP connection, but a file
 
 
+join = DynamicRendezvousHandler.next_rendezvous
+
+
+def join_anew(handler):
+    """Gives the ranks of every round a store of their own.
+
+    torchrun keeps that of the first round. There a rank that is started again can read where the
+    others listened before they died, and all wait for each other.
+    """
+    handler._shared_tcp_store_server = handler._bootstrap_store_info = None
+    return join(handler)
+
+
 def launch() -> int:
     c10d_rendezvous_backend.TCPStore = ImpatientStore
+    DynamicRendezvousHandler.next_rendezvous = join_anew
     logging.disable(logging.ERROR)  # in this process alone; the ranks log as they like
     try:
         main()
