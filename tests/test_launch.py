@@ -5,7 +5,7 @@ import sys
 
 from ranks import ROOT, environment
 
-RANK = """
+RANK = r"""
 import os
 import torch.distributed as dist
 dist.init_process_group("gloo")
