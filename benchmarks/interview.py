@@ -30,8 +30,8 @@ def interview() -> str:
             f"optimizer goes over all weights on both ranks ({way['update, done by every rank']} "
             f"not halved), half a batch takes {way['smaller batches']} more than half the time, "
             f"sharing the machine adds {way['contention for the machine']}, and communication that "
-            f"is not hidden {way['exposed communication']}. Each of these was measured by itself; "
-            "`benchmarks/ddp_2gpu.md` draws them.",
+            f"is not hidden {way['exposed communication']}. Each of these was measured by itself, "
+            f"which leaves {way['unexplained']} unexplained; `benchmarks/ddp_2gpu.md` draws them.",
         "What exactly does DDP send, and when?":
             f"The gradients, {megabytes:.1f} MB in {len(pieces.buckets)} buckets for this model, "
             "once in every optimizer step. A bucket's all-reduce starts when backward has filled "
@@ -61,7 +61,8 @@ def interview() -> str:
             "grows with the GPUs it is another recipe, and its learning rate has to be found anew.",
         "Why DistributedSampler, and why set_epoch?":
             "All ranks draw the same permutation and take every n-th row of it, each from its own "
-            "rank on, so shares are disjoint. The permutation is a function of seed and epoch; "
+            "rank on; so shares are disjoint, but for the few rows repeated to make them equally "
+            "long. The permutation is a function of seed and epoch; "
             "without `set_epoch` every epoch has the first one's order.",
         "How do you evaluate on several ranks?":
             "Not with DistributedSampler, which repeats rows until the shares are equal. Each rank "

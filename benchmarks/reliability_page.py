@@ -8,7 +8,9 @@ from benchmarks.training_pages import table
 
 def reliability_page() -> str:
     kill, corrupt, serve = (read(f"faults_{name}") for name in ("kill", "corrupt", "serve"))
-    load, overload, hostile = serve["load"], serve["overload"], serve["hostile"]
+    load, overload, hostile, down = (
+        serve[name] for name in ("load", "overload", "hostile", "going_down")
+    )
     page = [
         "# What happens when things go wrong", "",
         "Written by `make report` from what `make faults` measured: "
@@ -80,8 +82,15 @@ def reliability_page() -> str:
          f"{hostile['fuzzed']:,} fuzzed bodies, all at once",
          f"statuses {counted(hostile['statuses'])}; server errors: {hostile['server_errors']}"],
         ["`/health` meanwhile, p99", f"{hostile['health_p99_ms']:.0f} ms"],
-        ["SIGTERM at the end", f"exit status {serve['exit_status']}"],
+        [f"SIGTERM with {down['callers']} callers at work",
+         f"{down['answered']} of {down['asked']} requests answered that came before the drain's "
+         f"end; `/health` meanwhile {down['health_while_draining']}; exit status "
+         f"{down['exit_status']} after {down['seconds']:.1f} s"],
     ])  # fmt: skip
+    page += [
+        "A second SIGTERM ends the server at once, and an error in the model fails the callers of "
+        "its batch alone: `tests/test_api.py`, `tests/test_batcher.py`.",
+    ]
     return "\n".join(page).rstrip() + "\n"
 
 

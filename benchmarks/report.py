@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.interview import interview
+from benchmarks.reliability_page import reliability_page
 from benchmarks.speed import Speed, read
 from benchmarks.training_pages import (
     ddp_page,
@@ -222,6 +223,7 @@ WRITTEN = {
     ROOT / "benchmarks" / "inference.md": inference_page,
     ROOT / "benchmarks" / "single_gpu.md": single_page,
     ROOT / "benchmarks" / "ddp_2gpu.md": ddp_page,
+    ROOT / "docs" / "reliability.md": reliability_page,
 }
 
 

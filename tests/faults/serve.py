@@ -30,6 +30,8 @@ from tests.server import wait_until_healthy
 from training import utils
 from training.dataset import SAMPLE, read_folder
 
+DRAIN_SECONDS = 1
+
 
 def resident_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
@@ -181,6 +183,38 @@ def hostile(port: int, requests: list[bytes], bodies: int) -> dict:
     }  # fmt: skip
 
 
+def going_down(process: subprocess.Popen, port: int, requests: list[bytes]) -> dict:
+    """SIGTERM while 16 callers are at work: all that they ask before the drain ends is answered."""
+    asked = []  # when, and the status of the answer
+
+    def call(number: int) -> None:
+        try:
+            caller = Caller(port)
+            for one in requests[number::16] * 100:
+                mine = [time.perf_counter(), None]
+                asked.append(mine)
+                mine[1] = caller.ask(one)
+        except OSError:  # closed, or nobody listens any more
+            pass
+
+    threads = [threading.Thread(target=call, args=[n]) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    process.terminate()
+    told = time.perf_counter()
+    time.sleep(0.3)
+    health = Caller(port).ask(HEALTH)
+    exit_status = process.wait(60)
+    seconds = time.perf_counter() - told
+    for thread in threads:
+        thread.join()
+    before = [status for when, status in asked if when < told + DRAIN_SECONDS - 0.05]
+    return {"callers": len(threads), "asked": len(before), "answered": before.count(200),
+            "health_while_draining": health, "exit_status": exit_status,
+            "seconds": seconds}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -207,7 +241,8 @@ def main() -> None:
         f"python -m tests.faults.serve --requests {args.requests} --bodies {args.bodies}",
     }  # fmt: skip
     command = [sys.executable, "-m", "uvicorn", "inference.app:app", "--port", "0"]
-    env = os.environ | {"CHECKPOINT_DIR": str(args.checkpoint_dir.resolve()), "ENGINE": engine}
+    env = os.environ | {"CHECKPOINT_DIR": str(args.checkpoint_dir.resolve()), "ENGINE": engine,
+                        "DRAIN_SECONDS": str(DRAIN_SECONDS)}  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"
         with open(log, "w") as file:
@@ -218,15 +253,16 @@ def main() -> None:
             ("load", lambda: load(port, process.pid, texts, expected, args.requests)),
             ("overload", lambda: too_many(port, requests, args.overload_seconds)),
             ("hostile", lambda: hostile(port, requests, args.bodies)),
+            ("going_down", lambda: going_down(process, port, requests)),
         ):
             record[name] = work()
             print(name, json.dumps(record[name]), flush=True)
-        process.terminate()
-        record["exit_status"] = process.wait(60)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
-    ok = not record["load"]["wrong_count"] and not record["hostile"]["server_errors"]
+    down = record["going_down"]
+    ok = (not record["load"]["wrong_count"] and not record["hostile"]["server_errors"]
+          and down["answered"] == down["asked"] and not down["exit_status"])  # fmt: skip
     sys.exit(not ok)
 
 
