@@ -62,7 +62,8 @@ def reliability_page() -> str:
         "`tests/test_ill_rank.py`, `tests/test_two_hosts.py`. All ranks end, with the first cause "
         "in the last line.", "",
         "## Serving", "",
-        f"{serve['model']} backbone, {serve['engine']} engine, callers on the same cores.", "",
+        f"{serve['model']} backbone, {serve['engine']} engine, texts of {serve['texts']}; callers "
+        "share its cores.", "",
     ]  # fmt: skip
     grown = load["at_the_end_mb"] / load["after_1000_mb"] - 1
     page += table(["fault", "figure"], [
