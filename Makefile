@@ -23,9 +23,9 @@ bench: .venv/installed-dev
 	python -m benchmarks.bench_training $(ARGS)
 
 faults: .venv/installed-dev
-	PYTHONPATH=.:tests python -m tests.faults.kill --out benchmarks/results/faults_kill.json
-	PYTHONPATH=.:tests python -m tests.faults.corrupt --out benchmarks/results/faults_corrupt.json
-	PYTHONPATH=.:tests python -m tests.faults.serve --checkpoint-dir checkpoints \
+	python -m tests.faults.kill --out benchmarks/results/faults_kill.json
+	python -m tests.faults.corrupt --out benchmarks/results/faults_corrupt.json
+	python -m tests.faults.serve --checkpoint-dir checkpoints \
 		--out benchmarks/results/faults_serve.json
 
 kaggle:

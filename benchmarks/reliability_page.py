@@ -75,7 +75,8 @@ def reliability_page() -> str:
         [f"ten times too many for {overload['seconds']:.0f} s",
          f"statuses {counted(overload['statuses'])}; `/health` p99 "
          f"{overload['health_p99_ms']:.0f} ms"],
-        ["200s a second before, during, and in the first second after",
+        ["200s a second before, during, and in the first second after, begun with no request "
+         "under way",
          f"{overload['best_per_second']:.0f}, {overload['ok_per_second']:.0f}, "
          f"{overload['first_second_after']:.0f}"],
         [f"{hostile['idle']:,} idle connections, {hostile['slow']} slow ones, "

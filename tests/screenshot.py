@@ -1,6 +1,6 @@
 """Draws docs/page.png, the README's picture of the page, from a trained checkpoint (make demo).
 
-PYTHONPATH=.:tests python -m tests.screenshot [--checkpoint-dir checkpoints]
+python -m tests.screenshot [--checkpoint-dir checkpoints]
 
 Needs chromium and chromedriver.
 """

@@ -8,7 +8,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from ranks import ROOT, environment
+from tests.ranks import ROOT, environment
 
 
 @contextmanager

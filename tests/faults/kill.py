@@ -1,6 +1,6 @@
 """Kills a two-process training at random moments, and compares its end with an undisturbed one.
 
-PYTHONPATH=.:tests python -m tests.faults.kill [--kills 30] [--seed 0] [--out FILE]    # make faults
+python -m tests.faults.kill [--kills 30] [--seed 0] [--out FILE]       (make faults)
 
 A kill is SIGKILL to rank 0, rank 1 or torchrun: after a random time, or in the middle of a save. A
 rank is started again by torchrun (MAX_RESTARTS); after the launcher's death the same command is
