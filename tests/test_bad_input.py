@@ -4,6 +4,8 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,22 +217,35 @@ def test_a_damaged_last_pt_is_refused_and_kept(monkeypatch, tmp_path, tiny_backb
     assert (tmp_path / "last.pt").read_bytes() == b"not a checkpoint"
 
 
-def test_a_disk_that_fills_leaves_the_old_checkpoint_whole(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
+@pytest.mark.parametrize("ill", ["full", "read-only", "not allowed"])
+def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(ill):
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+
+    disk = Path(tempfile.mkdtemp())  # not pytest's folder, which other users cannot enter
+    user = os.geteuid()
     try:
+        mount("size=300k,mode=755")
         utils.save_checkpoint({"weights": torch.ones(1000)}, disk / "c.pt")
         before = (disk / "c.pt").read_bytes()
+        if ill == "read-only":
+            mount("remount,ro")
+        if ill == "not allowed":
+            os.seteuid(65534)
         with pytest.raises(utils.CheckpointError) as caught:
             utils.save_checkpoint({"weights": torch.ones(200_000)}, disk / "c.pt")
+        os.seteuid(user)
         assert "unchanged" in one_line(caught)
+        said = {"full": "disk", "read-only": "Read-only", "not allowed": "Permission"}[ill]
+        assert said in one_line(caught)
         assert (disk / "c.pt").read_bytes() == before
         assert [path.name for path in disk.iterdir()] == ["c.pt"]
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        os.seteuid(user)
+        subprocess.run(["umount", str(disk)], capture_output=True)
+        disk.rmdir()
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
