@@ -42,7 +42,7 @@ CONTENT = """
 place = Path("distrinews").resolve()  # below the folder that Kaggle keeps, /kaggle/working
 packed = io.BytesIO(lzma.decompress(base64.b85decode(CONTENT.replace("\\n", ""))))
 with tarfile.open(fileobj=packed) as files:
-    files.extractall(place, filter="data")
+    files.extractall(place)
 command = [sys.executable, "-m", "benchmarks.kaggle.run", str(Path.cwd()), *sys.argv[1:]]
 sys.exit(subprocess.run(command, cwd=place).returncode)
 '''
