@@ -223,7 +223,7 @@ class Rank:
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    utils.keep_freed_memory()
+    utils.tune_memory()
     rank = Rank(plan)
     result = {"world_size": rank.world_size, "threads": torch.get_num_threads()}
     if rank.world_size > 1:

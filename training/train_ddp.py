@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    utils.keep_freed_memory()
+    utils.tune_memory()
     stop = utils.StopSignal()
     # DDP 1/7: one process per device. torchrun has started world_size copies of this script, over
     # all hosts; RANK counts them all, LOCAL_RANK those on this host, and so picks the GPU.

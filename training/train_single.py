@@ -68,7 +68,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    utils.keep_freed_memory()
+    utils.tune_memory()
     stop = utils.StopSignal()
     world_size = 1
     micro_batch_size, grad_accum_steps = utils.check_flags(args, world_size)
