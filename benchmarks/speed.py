@@ -74,11 +74,12 @@ class Speed:
 
     def calibration(self, launch) -> list[dict]:
         """The settings without communication from which the cost model learns what compute costs:
-        16 and 64 rows and the largest, beyond which no line is drawn; of a quick record the ends.
+        16, 64 and 128 rows and the largest, beyond which no line is drawn (one process's time from
+        64 to 256 rows has been no straight line); of a quick record the ends.
         """
         variant = "single" if launch in (1, "1", "all cores") else "no_sync"
         micros = self.micros(launch, variant)
-        chosen = {16, 64, micros[-1]} if 64 in micros else {micros[0], micros[-1]}
+        chosen = {16, 64, 128, micros[-1]} if 64 in micros else {micros[0], micros[-1]}
         return [self.find(launch, variant, micro) for micro in sorted(chosen)]
 
     def pieces(self, launch, compression="none") -> Pieces:
