@@ -33,12 +33,12 @@ class ImpatientStore(TCPStore):
         milliseconds = 1000 * int(timeout.total_seconds())
         for number in os.listdir("/proc/self/fd") if sys.platform == "linux" else []:
             try:
-                with socket.socket(fileno=os.dup(int(number))) as connection:
-                    connection.setsockopt(
-                        socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds
-                    )
+                borrowed = socket.socket(fileno=int(number))
             except OSError:
-                pass  # no TCP connection, but a file
+                continue  # a file or a pipe
+            if borrowed.family in (socket.AF_INET, socket.AF_INET6):
+                borrowed.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            borrowed.detach()  # the store's own, so not to be closed
 
 
 join = DynamicRendezvousHandler.next_rendezvous
