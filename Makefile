@@ -25,8 +25,7 @@ bench: .venv/installed-dev
 faults: .venv/installed-dev
 	python -m tests.faults.kill --out benchmarks/results/faults_kill.json
 	python -m tests.faults.corrupt --out benchmarks/results/faults_corrupt.json
-	python -m tests.faults.serve --checkpoint-dir checkpoints \
-		--out benchmarks/results/faults_serve.json
+	python -m tests.faults.serve --out benchmarks/results/faults_serve.json
 
 kaggle:
 	$(PYTHON) -m benchmarks.kaggle.bundle

@@ -148,8 +148,11 @@ def percentile(values: list[float], p: float) -> float:
     return sorted(values)[min(len(values) - 1, int(p * len(values)))]
 
 
-def closed_loop(port: int, requests: list[bytes], callers: int, seconds: float, warm_up=1.0):
-    """`callers` threads, each asking as soon as it has its answer: rate, p50 and p99."""
+def closed_loop(
+    port: int, requests: list[bytes], callers: int, seconds: float, warm_up: float = 1.0
+) -> dict:
+    """`callers` threads, each asking as soon as it has its answer: rate, p50 and p99 of `seconds`,
+    which begin after `warm_up` seconds."""
     begin, times = time.perf_counter() + warm_up, []
 
     def call(number: int) -> None:
@@ -176,13 +179,13 @@ def cores_used(server: Server, load: Callable[..., dict], *args) -> dict:
 
     Callers share the machine with the server, so what they take, it cannot have.
     """
-    began, callers, spent = time.perf_counter(), time.process_time(), server.cpu_seconds()
+    began, own, spent = time.perf_counter(), time.process_time(), server.cpu_seconds()
     result = load(server.port, *args)
     wall = time.perf_counter() - began
     http, model = (
         (now - then) / wall for now, then in zip(server.cpu_seconds(), spent, strict=True)
     )
-    callers = (time.process_time() - callers) / wall
+    callers = (time.process_time() - own) / wall
     return result | {"cores": {"model": model, "http": http, "callers": callers}}
 
 

@@ -29,9 +29,10 @@ def interview() -> str:
             f"take {way['DDP, measured']}: {times(strong(speed, micro)[0])} times as fast. The "
             f"optimizer goes over all weights on both ranks ({way['update, done by every rank']} "
             f"not halved), half a batch takes {way['smaller batches']} more than half the time, "
-            f"sharing the machine adds {way['contention for the machine']}, and communication that "
-            f"is not hidden {way['exposed communication']}. Each of these was measured by itself, "
-            f"which leaves {way['unexplained']} unexplained; `benchmarks/ddp_2gpu.md` draws them.",
+            f"sharing the machine adds {way['contention for the machine']}, waiting for the slower "
+            f"rank {way['imbalance of the ranks']}, and communication that is not hidden "
+            f"{way['exposed communication']}. Each of these was measured by itself, which leaves "
+            f"{way['unexplained']} unexplained; `benchmarks/ddp_2gpu.md` draws them.",
         "What exactly does DDP send, and when?":
             f"The gradients, {megabytes:.1f} MB in {len(pieces.buckets)} buckets for this model, "
             "once in every optimizer step. A bucket's all-reduce starts when backward has filled "

@@ -57,13 +57,13 @@ def reliability_page() -> str:
         for way, name in ways.items()
     ])  # fmt: skip
     page += [
-        "A disk that fills, a rank that raises, runs out of memory, computes NaN, hangs or is "
-        "killed, and a cut wire between two hosts are each a test: `tests/test_bad_input.py`, "
-        "`tests/test_ill_rank.py`, `tests/test_two_hosts.py`. All ranks end, with the first cause "
-        "in the last line.", "",
+        "A disk that fills, turns read-only or forbids writing leaves the old checkpoint whole: "
+        "`tests/test_bad_input.py`. When a rank raises, runs out of memory, computes NaN, hangs or "
+        "is killed, all ranks end, with the first cause last: `tests/test_ill_rank.py`. When the "
+        "wire between two hosts is cut, both sides end: `tests/test_two_hosts.py`.", "",
         "## Serving", "",
-        f"{serve['model']} backbone, {serve['engine']} engine, texts of {serve['texts']}; callers "
-        "share its cores.", "",
+        f"The {serve['model']} backbone, {serve['engine']} engine, texts of {serve['texts']}; "
+        "callers share its cores.", "",
     ]  # fmt: skip
     grown = load["at_the_end_mb"] / load["after_1000_mb"] - 1
     page += table(["fault", "figure"], [
@@ -82,7 +82,8 @@ def reliability_page() -> str:
         [f"{hostile['idle']:,} idle connections, {hostile['slow']} slow ones, "
          f"{hostile['half_closed']} half-closed, {hostile['garbage']} with garbage, "
          f"{hostile['fuzzed']:,} fuzzed bodies, all at once",
-         f"statuses {counted(hostile['statuses'])}; server errors: {hostile['server_errors']}"],
+         f"statuses {counted(hostile['statuses'])}; server errors: {hostile['server_errors']}; "
+         "who has half closed is hung up on"],
         ["`/health` meanwhile, p99", f"{hostile['health_p99_ms']:.0f} ms"],
         [f"SIGTERM with {down['callers']} callers at work",
          f"{down['answered']} of {down['asked']} requests answered that came before the drain's "

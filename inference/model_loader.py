@@ -65,8 +65,8 @@ def torch_engine(folder: Path) -> Engine:
     path = folder / CHECKPOINT
     if importlib.util.find_spec("torch") is None:
         raise LoadError(f"no usable {ONNX} in {folder}, and {CHECKPOINT} needs torch; {REMEDY}")
-    # torch's CPU kernels are kept for each of 1,024 shapes, hundreds of MiB for batches of any
-    # size and length; to make one anew costs less than can be measured
+    # oneDNN would keep torch's CPU kernels for 1,024 shapes, and memory grow until batches of as
+    # many sizes and lengths have been seen; tests/faults/serve.py watches it
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     import torch
 

@@ -190,8 +190,8 @@ def tune_memory() -> None:
 
     Every step frees and allocates its gradients and activations again, and of blocks that went
     back to the kernel it has to clear each page. Between them lie torch's CPU kernels, one for
-    every shape. oneDNN would keep 1,024, around which the heap grows by half and more in a few
-    hundred steps; making one anew, where 64 are kept, costs a few percent of a small model's speed.
+    every shape. oneDNN would keep 1,024, and the heap grow around them while new shapes come; with
+    64 the layers of one step still share theirs.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:

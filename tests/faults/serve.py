@@ -1,6 +1,6 @@
 """Thousands of requests, ten times too many, and clients that mean harm, against the real server.
 
-python -m tests.faults.serve --checkpoint-dir checkpoints [--requests 30000] [--out FILE]
+python -m tests.faults.serve [--checkpoint-dir checkpoints] [--requests 30000] [--out FILE]
 
 Needs a trained checkpoint, as `make demo` leaves one; texts from AG_NEWS_DIR or else the sample.
 With the torch engine, which is exact: int8 rounds by what shares its batch, and so could hide an
@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks.bench_inference import HEALTH, Caller, closed_loop, overload, percentile, request
-from inference.model_loader import Classifier, LoadError
+from inference.model_loader import CHECKPOINTS, Classifier, LoadError
 from tests.ranks import ROOT
 from tests.server import wait_until_healthy
 from training import utils
@@ -221,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint-dir", type=Path, required=True)
+    parser.add_argument("--checkpoint-dir", type=Path, default=CHECKPOINTS)
     parser.add_argument("--requests", type=int, default=30_000)
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--overload-seconds", type=float, default=60)
