@@ -31,7 +31,7 @@ import torch
 from benchmarks.bench_training import RESULTS, ROOT
 from inference import export
 from inference.model_loader import CHECKPOINT, ONNX, ONNX_FACTS, Classifier, sha256
-from training import utils
+from training import checkpoint, machine
 from training.dataset import LABELS, SAMPLE, load_tokenizer, read_folder
 from training.model import Config, NewsClassifier, packaged_backbone
 
@@ -57,7 +57,7 @@ def make_checkpoint(folder: Path) -> None:
     origin |= {"data": "none", "model": "random weights"}
     state = {"model": model.state_dict(), "config": asdict(model.config), "labels": list(LABELS),
              "max_length": 128, "metrics": metrics, "provenance": origin}  # fmt: skip
-    utils.save_checkpoint(state, folder / CHECKPOINT)
+    checkpoint.save_checkpoint(state, folder / CHECKPOINT)
     load_tokenizer(packaged_backbone()).save_pretrained(folder / "tokenizer")
     export.to_hf(folder, folder / "hf")
     export.write_int8(model, folder / ONNX)
@@ -286,8 +286,8 @@ def main() -> None:
     record = {
         "script": "bench_inference",
         "command": shlex.join(["python", "-m", "benchmarks.bench_inference", *sys.argv[1:]]),
-        "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
-        "git_commit": utils.git_commit(), "model": "DistilBERT-base, random weights",
+        "host": machine.host(torch.device("cpu")), "versions": machine.versions(),
+        "git_commit": machine.git_commit(), "model": "DistilBERT-base, random weights",
         "texts": f"folder {Path(folder).name}" if folder else "sample",
         "rounds": args.rounds, "seconds": args.seconds, "servers": results,
         "without_http_p50_ms": bare, "overload": overloads,

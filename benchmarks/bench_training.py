@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.cost_model import flops_per_sample
-from training import utils
+from training import errors, machine, utils
 from training.dataset import DataError, prepare_data
 from training.model import (
     Config,
@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, backbone: Path, source: str, rows: int, folder: Path, cuda, devices: int):
         self.backbone, self.source, self.rows, self.folder = backbone, source, rows, folder
         self.cuda, self.devices = cuda, devices
-        self.threads = max(1, utils.cores() // devices)
+        self.threads = max(1, machine.cores() // devices)
 
     def start(self, command: list, threads: int, gpus: range) -> subprocess.Popen:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.devices))))
@@ -111,7 +111,7 @@ class Bench:
     def launch(self, world_size: int) -> list:
         if world_size == 1:
             return []
-        launcher = ROOT / "training" / "launch.py"
+        launcher = ROOT / "training" / "torchrun.py"
         return [launcher, "--standalone", "--nproc-per-node", world_size]
 
     def script(self, world_size: int, threads: int, name: str, device=0):
@@ -120,7 +120,7 @@ class Bench:
         script = ROOT / "training" / ("train_ddp.py" if world_size > 1 else "train_single.py")
         flags = ["--model", self.backbone, "--data", self.source, "--max-train-samples",
                  world_size * self.rows, "--max-eval-samples", 8, "--epochs", 1,
-                 "--global-batch-size", world_size * BATCH, "--resume", "never",
+                 "--global-batch-size", world_size * BATCH, "--fresh",
                  "--checkpoint-dir", self.folder / name, "--report", report]  # fmt: skip
         gpus = range(device, device + world_size)
         process = self.start([*self.launch(world_size), script, *flags], threads, gpus)
@@ -129,8 +129,8 @@ class Bench:
             self.finish(process)
             record = json.loads(report.read_text())
             epoch = record["epochs"][0]
-            rate = record["train_samples"] / (epoch["seconds"] + epoch["warmup_seconds"])
-            return {"samples_per_second": rate, "peak_memory_mb": record["peak_memory_mb"]}
+            figures = {"samples_per_second": epoch["samples_per_second"]}
+            return figures | {"peak_memory_mb": record["peak_memory_mb"]}
 
         return wait
 
@@ -192,7 +192,7 @@ def main() -> None:
         raise utils.UsageError("--device cuda needs a GPU, and none is visible; use --device cpu")
     cuda = torch.cuda.is_available() and args.device != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
-    devices = torch.cuda.device_count() if cuda else utils.cores()
+    devices = torch.cuda.device_count() if cuda else machine.cores()
     devices = max(n for n in WORLD_SIZES if n <= devices)
     precision, _ = utils.choose_precision("auto", device)
     source = os.environ.get("AG_NEWS_DIR", "sample")
@@ -220,9 +220,9 @@ def main() -> None:
                 break
     command = ["python", "-m", "benchmarks.bench_training", *sys.argv[1:]]
     record = {
-        "script": "bench_training", "command": shlex.join(command), "host": utils.host(device),
-        "device": device.type, "devices": devices, "versions": utils.versions(),
-        "git_commit": utils.git_commit(), "minutes": (time.perf_counter() - began) / 60,
+        "script": "bench_training", "command": shlex.join(command), "host": machine.host(device),
+        "device": device.type, "devices": devices, "versions": machine.versions(),
+        "git_commit": machine.git_commit(), "minutes": (time.perf_counter() - began) / 60,
         "data": source if source == "sample" else f"folder {Path(source).name}",
         "model": model, "config": asdict(config), "precision": precision, "batch": BATCH,
         "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the CPU has"),
@@ -237,5 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors(ModelError, DataError, utils.UsageError):
+    with errors.one_line_errors(ModelError, DataError, utils.UsageError):
         main()

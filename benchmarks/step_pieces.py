@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.cost_model import MIB
-from training import utils
+from training import machine, utils
+from training.comm_hooks import all_reduce_rows, register_comm_hook
 from training.dataset import collate, prepare_data
-from training.gradients import average, average_rows, keep_words_out, share_gradients
 from training.model import Config, load_backbone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,12 +62,22 @@ def gemm_rate(config: Config, dtype: torch.dtype, device: torch.device, rows=32,
     return flops / (now(device) - began)
 
 
+def average(gradient: Tensor, dtype: torch.dtype) -> None:
+    """What DDP, or its hook with compression, does with a bucket."""
+    sent = gradient.to(dtype).div_(dist.get_world_size())
+    dist.all_reduce(sent)
+    if sent is not gradient:
+        gradient.copy_(sent)
+
+
 class Rank:
     """A model in training, and the clock beside its steps."""
 
     def __init__(self, plan: dict):
-        self.rank, self.world_size = utils.rank_info()
-        self.device, backend = utils.choose_device("auto" if self.world_size > 1 else None)
+        self.rank, self.world_size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
+        self.device, backend = utils.choose_device("auto", int(os.environ.get("LOCAL_RANK", 0)))
         if self.world_size > 1:  # as in train_ddp.py
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
@@ -99,9 +109,8 @@ class Rank:
             optimizer = utils.make_optimizer(model, 0.0)
             if kind[0]:
                 devices = [self.device] if self.device.type == "cuda" else None
-                keep_words_out(model, kind[2])
                 model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-                share_gradients(model, kind[1], kind[2])
+                register_comm_hook(model, kind[1], kind[2])
             if kind[3]:
                 model = torch.compile(model, dynamic=True)
             self.models[kind] = model, optimizer
@@ -143,7 +152,7 @@ class Rank:
         optimizer.zero_grad()
         times.append(now(self.device))
         if variant != "apart":
-            utils.reduce_max(0)
+            utils.all_reduce_sum([0.0, 0.0, 0.0])
         times.append(now(self.device))
         pieces = [after - before for before, after in zip(times, times[1:], strict=False)]
         named = dict(zip(("data", "compute", "update", "agree"), pieces, strict=True))
@@ -174,7 +183,7 @@ class Rank:
         figures["step"] = max(means["step"] for means, _ in ranks)
         by_step = list(zip(*(computes for _, computes in ranks), strict=True))
         figures["imbalance"] = fmean(max(one) - fmean(one) for one in by_step)
-        figures["peak_memory_mb"] = utils.peak_memory_mb(self.device)
+        figures["peak_memory_mb"] = machine.peak_memory_mb(self.device)
         if self.kind(setting) == (True, "none", False, False):
             # the bytes of its buckets, in the order in which backward fills them
             logged = self.model(setting)[0]._get_ddp_logging_data()
@@ -214,7 +223,7 @@ class Rank:
             gradient.zero_()
             gradient[touched] = 1.0
             began = now(self.device)
-            average_rows(gradient, torch.float32)
+            all_reduce_rows(gradient, torch.float32)
             return now(self.device) - began
 
         dense = self.timed(lambda: average(gradient, torch.float32))
@@ -223,13 +232,13 @@ class Rank:
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    utils.tune_memory()
+    machine.tune_cpu()
     rank = Rank(plan)
     result = {"world_size": rank.world_size, "threads": torch.get_num_threads()}
     if rank.world_size > 1:
         dist.barrier()
     rate = gemm_rate(rank.raw_model.config, DTYPES[plan["precision"]], rank.device)
-    result["gemm"] = utils.reduce_sum([rate])[0]
+    result["gemm"] = utils.all_reduce_sum([rate])[0]
     result["settings"] = [setting | rank.measure(setting) for setting in plan["settings"]]
     if rank.world_size > 1:
         sizes = rank.buckets
@@ -244,8 +253,7 @@ def main() -> None:
     if rank.rank == 0:
         Path(sys.argv[2]).write_text(json.dumps(result))
     if rank.world_size > 1:
-        utils.settle()
-        dist.destroy_process_group()
+        utils.cleanup_distributed()
     sys.stdout.flush()
     os._exit(0)  # a compiled model's worker threads would hold the process
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from training import utils
+from training import machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,8 +66,8 @@ def main() -> None:
         "script": "sweep", "command": shlex.join(["python", "-m", "benchmarks.sweep",
                                                   *sys.argv[1:]]),
         "model": "packaged", "train_samples": args.rows, "best": best, "runs": runs,
-        "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
-        "git_commit": utils.git_commit(),
+        "host": machine.host(torch.device("cpu")), "versions": machine.versions(),
+        "git_commit": machine.git_commit(),
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -131,7 +131,8 @@ def accuracy_rows(*scripts: str) -> list[str]:
         if run.get("script") not in scripts or name == "sample_on_agnews":
             continue
         base |= run["model"] == "distilbert-base-uncased" and run["data"] != "sample"
-        minutes = median(one["seconds"] + one["warmup_seconds"] for one in run["epochs"]) / 60
+        seconds = [one["seconds"] + one.get("warmup_seconds", 0) for one in run["epochs"]]
+        minutes = median(seconds) / 60
         by_epoch = ", ".join(f"{one['val_accuracy']:.4f}" for one in run["epochs"])
         rows.append([
             f"{run['model']}, {run['train_samples']:,} rows of "

@@ -33,9 +33,9 @@ from inference.model_loader import (
     sha256,
     torch_engine,
 )
+from training.checkpoint import load_checkpoint
 from training.dataset import DataError, eval_loader, prepare_data
 from training.model import Config, NewsClassifier
-from training.utils import load_checkpoint
 
 MOST_LOST = 0.003  # of accuracy
 LEAST_AGREEING = 0.99  # of the labels

@@ -70,8 +70,8 @@ def torch_engine(folder: Path) -> Engine:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     import torch
 
+    from training.checkpoint import CheckpointError, load_checkpoint
     from training.model import Config, NewsClassifier
-    from training.utils import CheckpointError, load_checkpoint
 
     keys = ("model", "config", "labels", "max_length", "metrics", "provenance")
     try:

@@ -1,8 +1,11 @@
 """Runs the training scripts as real processes on gloo, as torchrun would."""
 
+import faulthandler
+import json
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,24 +27,46 @@ def environment(**extra: str) -> dict[str, str]:
     return env | {"PYTHONPATH": paths} | extra
 
 
+# Every rank is a process of its own, forked from a server that has imported torch already: that
+# takes seconds, and the tests start hundreds of ranks.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch", "torch.distributed", "transformers", "tqdm", "safetensors.torch"]
+)
+
+
+def run_script(argv: list[str], cwd: Path, env: dict[str, str], out: str, err: str) -> None:
+    """Becomes `python argv` in `cwd` with `env`, its output going to the files out and err."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by the fork server
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ |= env
+    os.chdir(cwd)
+    sys.argv = argv
+    sys.path[:0] = [str(Path(argv[0]).parent), *env["PYTHONPATH"].split(os.pathsep)]
+    runpy.run_path(argv[0], run_name="__main__")
+
+
 class Rank:
-    """One process: started at once; `finish` waits for it, and fills in what it printed."""
+    """One process: started at once; `collect` waits for it, and fills in what it printed."""
 
     def __init__(self, argv: list, cwd: Path, **extra: str):
-        self.out, self.err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", *map(str, argv)],
-            cwd=cwd, env=environment(**extra), stdout=self.out, stderr=self.err,
-        )  # fmt: skip
+        self.out, self.err = (tempfile.NamedTemporaryFile("r") for _ in range(2))
+        arguments = ([*map(str, argv)], cwd, environment(**extra), self.out.name, self.err.name)
+        self.process = FORKS.Process(target=run_script, args=arguments)
+        self.process.start()
 
     def collect(self) -> None:
-        self.status = self.process.wait()
-        for file in (self.out, self.err):
-            file.seek(0)
+        self.process.join()
+        self.status = self.process.exitcode
         self.stdout, self.stderr = self.out.read(), self.err.read()
 
 
-def run_ranks(world_size: int, argv: list, cwd: Path, seconds=100, **extra: str) -> list[Rank]:
+def run_ranks(
+    world_size: int, argv: list, cwd: Path, seconds=100, more_for_rank_1=(), **extra: str
+) -> list[Rank]:
     """The same command once for every rank, with the environment that torchrun sets.
 
     As under torchrun the store is held outside of the ranks, so its port is never lost to another
@@ -54,14 +79,15 @@ def run_ranks(world_size: int, argv: list, cwd: Path, seconds=100, **extra: str)
     meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} | extra
     meet["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"  # as run_ddp.sh does
     places = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
-    ranks = [Rank(argv, cwd, **meet, **place) for place in places]
+    more = [more_for_rank_1 if r == 1 else () for r in range(world_size)]
+    ranks = [Rank([*argv, *more[r]], cwd, **meet, **places[r]) for r in range(world_size)]
     until, failed = time.monotonic() + seconds, False
-    while running := [rank for rank in ranks if rank.process.poll() is None]:
-        if not failed and any(rank.process.poll() for rank in ranks):
+    while running := [rank for rank in ranks if rank.process.is_alive()]:
+        if not failed and any(rank.process.exitcode for rank in ranks):
             failed, until = True, min(until, time.monotonic() + 20)
         if time.monotonic() > until:
             for rank in running:
-                rank.process.send_signal(signal.SIGABRT)
+                os.kill(rank.process.pid, signal.SIGABRT)
             break
         time.sleep(0.02)
     for rank in ranks:
@@ -69,15 +95,15 @@ def run_ranks(world_size: int, argv: list, cwd: Path, seconds=100, **extra: str)
     return ranks
 
 
-def observe(world_size: int, flags: list, cwd: Path, status: int = 0, **extra: str) -> list[Rank]:
+def train(world_size: int, flags: list, cwd: Path, status: int = 0, **extra: str) -> list[Rank]:
     """Trains with `flags`: with train_single.py where world_size is 0, else with train_ddp.py.
 
-    What tests/observe.py saw in each rank is in its `seen`.
+    What tests/instrument.py saw in each rank is its `seen`; rank 0 has the run record as `record`.
     """
     script = ROOT / "training" / ("train_ddp.py" if world_size else "train_single.py")
     out = cwd / f"seen{len(list(cwd.glob('seen*')))}"
     out.mkdir(parents=True)
-    argv = [ROOT / "tests" / "observe.py", out, script, *flags]
+    argv = [ROOT / "tests" / "instrument.py", out, script, *flags, "--report", out / "record.json"]
     if world_size:
         ranks = run_ranks(world_size, argv, cwd, **extra)
     else:
@@ -86,6 +112,13 @@ def observe(world_size: int, flags: list, cwd: Path, status: int = 0, **extra: s
     said = "\n".join(f"rank {r}: {x.status}\n{x.stdout}{x.stderr}" for r, x in enumerate(ranks))
     assert {rank.status for rank in ranks} == {status}, said
     for r, rank in enumerate(ranks):
-        if (file := out / f"rank{r}.pt").exists():  # not where a rank ended by a bug
+        if (file := out / f"rank{r}.pt").exists():  # not where a rank was killed
             rank.seen = torch.load(file)
+    if (out / "record.json").exists():
+        ranks[0].record = json.loads((out / "record.json").read_text())
     return ranks
+
+
+def losses(rank: Rank) -> list[float]:
+    """The loss of every step of a run on a CPU, over all ranks."""
+    return [point["loss"] for point in rank.record["curve"]]

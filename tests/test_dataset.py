@@ -1,21 +1,39 @@
 """Sources, splits, tokens and every rank's share of the rows: pytest tests/test_dataset.py"""
 
+import gzip
+import json
+import shutil
 import threading
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
-from torch.utils.data import DistributedSampler
+from filelock import FileLock
+from torch.utils.data import DataLoader
 
 import dataset
-from dataset import DataError, LengthWindows
+from dataset import LABELS, DataError, LengthGroupedSampler
 
 ROWS = [("Storm hits coast", 0), ('They "won", twice', 1), ("Shares, up 3%", 2), ("A \\ comet", 3)]
+TABLE = {"text": [text for text, _ in ROWS], "label": [label for _, label in ROWS]}
 
 
 def write(path, lines, encoding="utf-8"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes("\n".join(lines).encode(encoding) + b"\n")
+    content = "\n".join(lines).encode(encoding) + b"\n"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_parquet(path, columns, class_names=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table(columns)
+    if class_names:  # as `datasets` declares a ClassLabel
+        features = {"label": {"names": class_names, "_type": "ClassLabel"}}
+        info = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": info})
+    pyarrow.parquet.write_table(table, path)
     return path
 
 
@@ -24,10 +42,13 @@ def quoted(text):
 
 
 def form(name):
-    """ROWS as the lines of a CSV file in one of the three forms, the title being the first word."""
+    """ROWS as the lines of a CSV file in one of the forms, the title being the first word."""
     split = [(*text.split(" ", 1), label) for text, label in ROWS]
     if name == "text,label":
         return ["text,label", *(f"{quoted(text)},{label}" for text, label in ROWS)]
+    if name == "names, index, other order":
+        lines = [f"{LABELS[label].upper()},7,{quoted(text)}" for text, label in ROWS]
+        return ["Label,,TEXT", *lines]
     lines = [f"{label + 1},{quoted(title)},{quoted(rest)}" for title, rest, label in split]
     return ["Class Index,Title,Description", *lines] if name == "kaggle" else lines
 
@@ -35,59 +56,150 @@ def form(name):
 # Reading
 
 
-@pytest.mark.parametrize("name", ["text,label", "kaggle", "no header"])
+def rows(examples):
+    return list(zip(examples.texts, examples.labels, strict=True))
+
+
+@pytest.mark.parametrize("name", ["text,label", "names, index, other order", "kaggle", "no header"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_the_three_forms_read_alike(tmp_path, name, encoding):
-    news = dataset.read_news(write(tmp_path / "train.csv", form(name), encoding))
-    assert list(zip(news.texts, news.labels, strict=True)) == ROWS
+@pytest.mark.parametrize("file", ["train.csv", "train.csv.gz"])
+def test_the_forms_in_circulation_read_alike(tmp_path, name, encoding, file):
+    examples = dataset.read_examples(write(tmp_path / file, form(name), encoding))
+    assert rows(examples) == ROWS
+    assert examples.ignored == (["(unnamed)"] if "index" in name else [])
 
 
-def test_parquet_reads_like_csv(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
+def test_quoted_newlines_windows_line_ends_blank_lines_and_words_like_na_are_read(tmp_path):
+    lines = ["text,label\r", "NA,0\r", '"two\r\nlines",1\r', "\r", "null,2\r", "nul\0,3\r"]
+    found = rows(dataset.read_examples(write(tmp_path / "train.csv", lines)))
+    assert found == [("NA", 0), ("two\r\nlines", 1), ("null", 2), ("nul\0", 3)]
 
-    texts, labels = zip(*ROWS, strict=True)
-    table = pyarrow.table({"text": texts, "label": labels})
-    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
-    news = dataset.read_news(tmp_path / "train.parquet")
-    assert list(zip(news.texts, news.labels, strict=True)) == ROWS
+
+@pytest.mark.parametrize("file", ["train.jsonl", "train.json", "train.jsonl.gz"])
+def test_json_lines_read_like_csv(tmp_path, file):
+    lines = [json.dumps({"label_text": "-", "label": y, "text": x}) for x, y in ROWS]
+    examples = dataset.read_examples(write(tmp_path / file, lines))
+    assert rows(examples) == ROWS and examples.ignored == ["label_text"]
+
+
+@pytest.mark.parametrize(
+    "labels, class_names",
+    [
+        ([0, 1, 2, 3], None),
+        ([0.0, 1.0, 2.0, 3.0], None),
+        (["world", "Sports", " Business", "sci/tech"], None),
+        ([0, 1, 2, 3], list(LABELS)),
+        ([3, 2, 1, 0], list(LABELS[::-1])),
+    ],
+)
+def test_parquet_reads_like_csv_and_labels_are_taken_by_their_declared_name(
+    tmp_path, labels, class_names
+):
+    columns = {"id": [b"a"] * 4, **TABLE, "label": labels}
+    path = write_parquet(tmp_path / "label=3" / "train.parquet", columns, class_names)
+    examples = dataset.read_examples(path)
+    assert rows(examples) == ROWS and examples.ignored == ["id"]
+
+
+def test_a_folder_may_be_laid_out_as_the_hub_does(tmp_path):
+    for i in range(4):
+        columns = {name: column[i : i + 1] for name, column in TABLE.items()}
+        write_parquet(tmp_path / "data" / f"train-0000{i}-of-00004.parquet", columns)
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", TABLE)
+    for folder in (tmp_path, tmp_path / "data"):
+        assert [rows(split) for split in dataset.read_folder(folder)] == [ROWS, ROWS]
+    (tmp_path / "data" / "train-00002-of-00004.parquet").unlink()
+    with pytest.raises(DataError, match="3 train shards; expected 00004"):
+        dataset.read_folder(tmp_path)
+
+
+def test_csv_is_taken_where_parquet_lies_beside_it(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.csv", form("kaggle"))
+        write_parquet(tmp_path / f"{split}.parquet", {"text": ["other"], "label": [0]})
+    assert rows(dataset.read_folder(tmp_path)[0]) == ROWS
+
+
+def refused(path, says):
+    with pytest.raises(DataError) as caught:
+        dataset.read_examples(path)
+    assert says in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "lines, says",
     [
         (["one,two"], "line 1: 2 columns"),
-        (["5,title,text"], "line 1: 3 columns that begin '5'"),
+        (["5,title,text"], "line 1: 3 columns that begin '5"),
+        (["text,label,Text", "a,0,b"], "line 1: two columns are named 'text'"),
         (["text,label", "a,0", "b,4"], "line 3: label '4'; expected 0 to 3"),
-        (["text,label", "a,Sports"], "line 2: label 'Sports'"),
+        (["text,label", "a,Health"], "line 2: label 'Health'"),
+        (["text,label", "a,1.5"], "line 2: label '1.5'"),
         (["text,label", "a,"], "line 2: label ''"),
         (["1,a,b", "0,a,b"], "line 2: label '0'; expected 1 to 4"),
         (["Class Index,Title,Description", "5,a,b"], "line 2: label '5'"),
         (["text,label", '" ",1'], "line 2: no text"),
         (["text,label", "a,0", "b"], "line 3: 1 columns; the lines above have 2"),
         (["text,label", '"two\nlines",1', "a,9"], "line 4: label '9'"),
-        (["text,label", '"never closed,1'], "line 2: unexpected end of data"),
-        (["text,label"], "has a header and no rows"),
-        ([""], "is empty"),
+        (["text,label", "a,0", '"never closed,1', "b,2"], "line 3: unexpected end of data"),
+        (["text,label", '"a \\"b\\" c",1'], "line 2: ',' expected after"),
+        (["text,label", '"' + "a" * 200_000], "line 2: field larger than"),
+        (["text,label"], "a header and no rows"),
+        ([""], "0 columns"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_file_and_line(tmp_path, lines, says):
-    path = write(tmp_path / "train.csv", lines)
-    with pytest.raises(DataError) as caught:
-        dataset.read_news(path)
-    assert says in str(caught.value) and str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_a_mistake_in_csv_is_one_line_that_names_file_and_line(tmp_path, lines, says):
+    refused(write(tmp_path / "train.csv", lines), says)
 
 
-def test_other_unusable_files_are_one_line_too(tmp_path):
-    latin = tmp_path / "train.csv"
-    latin.write_bytes(b"text,label\ncaf\xe9,0\n")
-    with pytest.raises(DataError, match="not UTF-8"):
-        dataset.read_news(latin)
+@pytest.mark.parametrize(
+    "columns, class_names, says",
+    [
+        ({"text": ["a", None], "label": [0, 1]}, None, "row 2: no text, but None"),
+        ({"text": [["a"], ["b"]], "label": [0, 1]}, None, "row 1: no text, but ['a']"),
+        ({"text": [b"a", b"b"], "label": [0, 1]}, None, "row 1: no text, but b'a'"),
+        ({"text": ["a", "b"], "label": [0, None]}, None, "row 2: label 'None'"),
+        ({"text": ["a", "b"], "label": [0, 1.5]}, None, "row 2: label '1.5'"),
+        ({"text": ["a", "b"], "label": [False, True]}, None, "row 1: label 'False'"),
+        ({"text": ["a", "b"], "label": [[0], [1]]}, None, "row 1: label '[0]'"),
+        ({"text": ["a", "b"], "label": [0, 1]}, ["World", "Health"], "row 2: label 'Health'"),
+        ({"text": ["a", "b"], "label": [0, -1]}, list(LABELS), 'row 2: label "-1 of ['),
+        ({"text": ["a", "b"], "label": [0, 3]}, ["World", "Sports"], 'row 2: label "3 of ['),
+        ({"words": ["a"], "label": [0]}, None, "header: 2 columns"),
+    ],
+)
+def test_a_mistake_in_parquet_is_one_line_that_names_file_and_row(
+    tmp_path, columns, class_names, says
+):
+    refused(write_parquet(tmp_path / "train.parquet", columns, class_names), says)
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"text": "a"}', "line 2: label 'None'"),
+        ('{"text": null, "label": 1}', "line 2: no text"),
+        ('{"text": "\\ud800", "label": 1}', "line 2: expected a JSON object"),
+        ("[1, 2]", "line 2: expected a JSON object"),
+        ("{", "line 2: expected a JSON object"),
+        ("[" * 100_000, "line 2: expected a JSON object"),
+    ],
+)
+def test_a_mistake_in_json_is_one_line_that_names_file_and_line(tmp_path, line, says):
+    refused(write(tmp_path / "train.jsonl", ['{"text": "a", "label": 0}', line]), says)
+
+
+def test_unreadable_files_are_one_line(tmp_path):
+    latin = "text,label\n" + "a,0\n" * 50_000 + "caf\xe9,0\n"  # beyond any buffer
+    (tmp_path / "latin.csv").write_bytes(latin.encode("latin-1"))
+    refused(tmp_path / "latin.csv", "line 50002, byte 200014: not UTF-8")
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="cannot be read as Parquet"):
-        dataset.read_news(tmp_path / "train.parquet")
-    with pytest.raises(DataError, match="has no test.csv or test.parquet"):
+    refused(tmp_path / "train.parquet", "")
+    cut = write(tmp_path / "train.csv.gz", form("kaggle"))
+    cut.write_bytes(cut.read_bytes()[:-20])
+    refused(cut, "")
+    with pytest.raises(DataError, match="has no test file"):
         dataset.read_folder(write(tmp_path / "a" / "train.csv", form("kaggle")).parent)
     with pytest.raises(DataError, match="no such folder"):
         dataset.read_folder(tmp_path / "nowhere")
@@ -98,9 +210,9 @@ def test_too_few_rows_or_classes(tmp_path, tiny_backbone):
     write(tmp_path / "train.csv", form("text,label")[:4])
     with pytest.raises(DataError, match="no training row is labelled Sci/Tech"):
         dataset.prepare_data(str(tmp_path), tiny_backbone, 128, None, None)
-    sampler = DistributedSampler(range(2), 3, 0)
-    with pytest.raises(DataError, match="2 training rows for 3 processes"):
-        LengthWindows(sampler, np.array([5, 6]), 3)
+    write(tmp_path / "train.csv", form("text,label"))
+    with pytest.raises(DataError, match="expected at least 2"):
+        dataset.prepare_data(str(tmp_path), tiny_backbone, 128, None, None)
 
 
 # Choosing a source
@@ -120,7 +232,7 @@ def nowhere(monkeypatch, tmp_path, news_folder):
     return tmp_path
 
 
-def test_auto_takes_the_sample_where_nothing_else_is_to_be_had_and_says_so(nowhere, tiny_backbone):
+def test_auto_takes_the_sample_where_nothing_else_is_available_and_says_so(nowhere, tiny_backbone):
     data = dataset.prepare_data("auto", tiny_backbone, 128, None, None)
     assert data.source == "sample" and "Hub does not answer" in data.why
     assert "not an AG News figure" in data.note
@@ -132,24 +244,33 @@ def test_auto_prefers_the_hub_to_the_sample(nowhere, monkeypatch):
     assert dataset.read_source("auto")[2] == "fancyzhx/ag_news"
 
 
-@pytest.mark.parametrize("mount", ["ag-news", "datasets/someone/ag-news"])
-def test_auto_finds_a_kaggle_input_that_reads_as_ag_news(nowhere, monkeypatch, mount):
+@pytest.mark.parametrize("mount", ["m-ag-news", "datasets/someone/ag-news"])
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "parquet"])
+def test_auto_takes_the_kaggle_input_whose_rows_are_all_ag_news(
+    nowhere, monkeypatch, mount, suffix
+):
     monkeypatch.setattr(dataset, "read_hub", lambda: pytest.fail("the Hub was asked first"))
-    write(nowhere / "kaggle" / "a-titanic" / "train.csv", ["PassengerId,Survived", "1,0"])
-    write(nowhere / "kaggle" / "b-only-train" / "train.csv", form("kaggle"))
+    kaggle = nowhere / "kaggle"
+    write(kaggle / "a-titanic" / "train.csv", ["PassengerId,Survived", "1,0"])
+    write(kaggle / "b-only-train" / "train.csv", form("kaggle"))
     for split in ("train", "test"):
-        write(nowhere / "kaggle" / mount / f"{split}.csv", form("kaggle"))
+        write(kaggle / "c-two-classes" / f"{split}.csv", ["text,label", "good,1", "bad,0"])
+        six = [f"{i},title,description" for i in range(1, 7)]
+        write(kaggle / "c-six-classes" / f"{split}.csv", six)
+        write(kaggle / "z-later" / f"{split}.csv", ["text,label", *(f"z,{i}" for i in range(4))])
+        path = kaggle / mount / f"{split}.{suffix}"
+        write_parquet(path, TABLE) if suffix == "parquet" else write(path, form("kaggle"))
     train, _, source, _ = dataset.read_source("auto")
-    assert source == "Kaggle input ag-news" and train.texts == [text for text, _ in ROWS]
+    assert source == f"Kaggle input {mount}" and rows(train) == ROWS
 
 
 def test_auto_prefers_ag_news_dir_to_all(nowhere, monkeypatch, news_folder):
-    monkeypatch.setattr(dataset, "kaggle_folder", lambda: pytest.fail("Kaggle was looked at first"))
+    monkeypatch.setattr(dataset, "read_kaggle", lambda: pytest.fail("Kaggle was looked at first"))
     monkeypatch.setenv("AG_NEWS_DIR", str(news_folder))
     assert dataset.read_source("auto")[3] == "AG_NEWS_DIR is set"
 
 
-def test_a_source_named_outright_never_falls_back(nowhere, monkeypatch):
+def test_an_explicit_choice_never_falls_back(nowhere, monkeypatch):
     with pytest.raises(DataError):
         dataset.read_source("ag_news")
     monkeypatch.setenv("AG_NEWS_DIR", str(nowhere / "typo"))
@@ -175,18 +296,56 @@ def test_rows_keep_their_tokens_and_labels(news_folder, tiny_backbone):
     _, val_rows = dataset.split_validation(np.array(train.labels))
     expected = {(train.texts[i], train.labels[i]) for i in val_rows}
     expected = sorted((tokenizer(t)["input_ids"][:11] + [3], label) for t, label in expected)
-    found = sorted((ids.tolist()[:11] + [3], label) for ids, label in map(data.val.__getitem__,
-                                                                        range(len(data.val))))
+    found = sorted(
+        (ids.tolist()[:11] + [3], label)
+        for ids, label in map(data.val.__getitem__, range(len(data.val)))
+    )
     assert found == expected  # [SEP] is 3, at the place where a row was cut or earlier
     assert len(data.train) + len(data.val) == 120 and len(data.test) == len(test.texts)
     assert data.train.lengths.max() == 12
 
 
-def test_a_negative_item_is_the_same_row_with_its_label_ignored(news_folder, tiny_backbone):
-    train = dataset.prepare_data(str(news_folder), tiny_backbone, 128, None, None).train
-    for i in (0, 5):
-        assert torch.equal(train[i][0], train[-1 - i][0])
-        assert train[-1 - i][1] == -100
+def test_ignored_columns_and_the_highest_token_id_are_reported(
+    tmp_path, news_folder, tiny_backbone
+):
+    shutil.copytree(news_folder, tmp_path / "news")
+    lines = (news_folder / "train.csv").read_text().splitlines()
+    numbered = ["Unnamed: 0," + lines[0], *(f"{i},{line}" for i, line in enumerate(lines[1:]))]
+    write(tmp_path / "news" / "train.csv", numbered)
+    data = dataset.prepare_data(str(tmp_path / "news"), tiny_backbone, 128, None, None)
+    assert "Unnamed: 0" in data.note and data.why == "set by --data"
+    splits = (data.train, data.val, data.test)
+    assert data.vocab_size == 1 + max(int(s[i][0].max()) for s in splits for i in range(len(s)))
+
+
+def test_the_fingerprint_tells_any_other_data_apart(tmp_path, news_folder, tiny_backbone):
+    def fingerprint(folder=news_folder, *cuts):
+        cuts = cuts or (None, None)
+        return dataset.prepare_data(str(folder), tiny_backbone, 128, *cuts).fingerprint
+
+    seen = {fingerprint(), fingerprint(news_folder, 50, None), fingerprint(news_folder, None, 5)}
+    for split in ("train", "test"):
+        folder = shutil.copytree(news_folder, tmp_path / split)
+        lines = (folder / f"{split}.csv").read_text().splitlines()
+        write(folder / f"{split}.csv", lines[:-4])
+        seen.add(fingerprint(folder))
+    assert len(seen) == 5 and fingerprint() in seen
+
+
+def test_a_tokenizer_that_is_missing_corrupted_or_foreign_is_one_line(
+    tmp_path, news_folder, tiny_backbone
+):
+    folder = shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:500])
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        dataset.load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(DataError, match="has no tokenizer.json"):
+        dataset.load_tokenizer(folder)
+    with pytest.raises(DataError, match=r"are \[UNK\]"):
+        dataset.tokenize(["eins zwei drei vier"], tiny_backbone, 128)
 
 
 @pytest.fixture
@@ -222,14 +381,33 @@ def test_texts_are_tokenised_once_for_all_processes(cache, tiny_backbone):
     assert len(calls) == 3  # other texts, another length: other files
 
 
-def test_a_damaged_cache_is_written_again(cache, tiny_backbone):
+@pytest.mark.parametrize("kind", ["cut short", "of other rows", "no longer a file"])
+def test_a_corrupted_cache_file_is_written_again(cache, tiny_backbone, kind):
     calls, folder = cache
     ids, _ = dataset.cached_tokens(["the match"], tiny_backbone, 128)
     (file,) = (folder / "distrinews").glob("*.npz")
-    file.write_bytes(file.read_bytes()[:100])
-    assert np.array_equal(dataset.cached_tokens(["the match"], tiny_backbone, 128)[0], ids)
-    dataset.cached_tokens(["the match"], tiny_backbone, 128)
+    content = file.read_bytes()
+    if kind == "of other rows":
+        np.savez(file, ids=np.arange(5, dtype=np.int32), ends=np.array([2, 5]))
+    else:
+        file.write_bytes(content[:100] if kind == "cut short" else b"")
+    for _ in range(2):
+        assert np.array_equal(dataset.cached_tokens(["the match"], tiny_backbone, 128)[0], ids)
     assert len(calls) == 2
+    assert not list((folder / "distrinews").glob("*.tmp"))
+
+
+def test_a_lock_that_is_never_released_does_not_wait_for_ever(
+    cache, tiny_backbone, monkeypatch, capsys
+):
+    _, folder = cache
+    ids, _ = dataset.cached_tokens(["the match"], tiny_backbone, 128)
+    (file,) = (folder / "distrinews").glob("*.npz")
+    file.unlink()
+    monkeypatch.setattr(dataset, "LOCK_TIMEOUT", 0.1)
+    with FileLock(file.with_suffix(".lock")):
+        assert np.array_equal(dataset.cached_tokens(["the match"], tiny_backbone, 128)[0], ids)
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache, tiny_backbone):
@@ -242,70 +420,89 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache, tiny_backbone):
 
 
 def test_a_batch_is_padded_to_its_own_longest_row():
-    rows = [(torch.tensor([2, 9, 3]), 1), (torch.tensor([2, 3]), -100)]
-    input_ids, attention_mask, labels = dataset.collate(rows)
-    assert input_ids.tolist() == [[2, 9, 3], [2, 3, 0]]
+    batch = [(torch.tensor([2, 9, 3], dtype=torch.int32), 1), (torch.tensor([2, 3]), 0)]
+    input_ids, attention_mask, labels = dataset.collate(batch)
+    assert input_ids.tolist() == [[2, 9, 3], [2, 3, 0]] and input_ids.dtype == torch.int64
     assert attention_mask.tolist() == [[True, True, True], [True, True, False]]
-    assert labels.tolist() == [1, -100]
+    assert labels.tolist() == [1, 0] and labels.dtype == torch.int64
 
 
-def shares(lengths, global_batch_size, world_size, epoch=0, start=0, set_epoch=True):
-    """The steps of every rank."""
-    every = []
+def tokenized(lengths):
+    ids = np.zeros(lengths.sum(), np.int32)
+    every = np.arange(len(lengths))
+    return dataset.TokenizedExamples(ids, np.cumsum(lengths), every % 4, every)
+
+
+def epoch_steps(lengths, global_batch_size, world_size, epoch=0, start_step=0, seed=0):
+    """The rows of every step, an array of (steps, ranks, rows of a rank)."""
+    ranks = []
     for rank in range(world_size):
-        sampler = DistributedSampler(lengths, world_size, rank)
-        if set_epoch:
-            sampler.set_epoch(epoch)
-        steps = LengthWindows(sampler, lengths, global_batch_size)
-        steps.start = start
-        every.append(list(steps))
-    return every
+        data = tokenized(lengths)
+        sampler = LengthGroupedSampler(data, global_batch_size, world_size, rank, seed)
+        sampler.set_epoch(epoch)
+        sampler.start_step = start_step
+        mine = list(sampler)
+        assert len(mine) == len(sampler)
+        ranks.append(np.array(mine).reshape(-1, global_batch_size // world_size))
+    return np.stack(ranks, axis=1)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("rows", [84, 85, 100, 1000, 83])
-def test_every_row_counts_once_an_epoch_in_equal_steps(world_size, rows):
-    lengths = np.random.default_rng(0).integers(5, 60, rows)
-    every = shares(lengths, 84, world_size)
-    counted = sorted(i for rank in every for step in rank for i in step if i >= 0)
-    assert counted == list(range(rows))
-    for number, step in enumerate(zip(*every, strict=True)):
-        assert len({len(part) for part in step}) == 1  # so ranks cut equally many micro-batches
-        real = sum(i >= 0 for part in step for i in part)
-        assert real == min(84, rows - 84 * number)
+LENGTHS = np.random.default_rng(0).integers(5, 60, 5000)  # 208 steps of 24, and 8 rows left out
 
 
-def test_the_order_is_a_function_of_the_epoch():
-    lengths = np.random.default_rng(0).integers(5, 60, 500)
-    assert shares(lengths, 32, 2, epoch=0) != shares(lengths, 32, 2, epoch=1)
-    assert shares(lengths, 32, 2, epoch=1) == shares(lengths, 32, 2, epoch=1)
-    forgotten = [shares(lengths, 32, 2, epoch, set_epoch=False) for epoch in (0, 1)]
-    assert forgotten[0] == forgotten[1]
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
+def test_a_step_trains_on_the_same_rows_at_every_world_size(world_size):
+    alone = epoch_steps(LENGTHS, 24, 1)
+    shared = epoch_steps(LENGTHS, 24, world_size)
+    assert shared.shape == (208, world_size, 24 // world_size)
+    flat = [np.sort(steps.reshape(208, 24)) for steps in (alone, shared)]
+    assert np.array_equal(*flat)
+    rest = epoch_steps(LENGTHS, 24, world_size, start_step=70)  # resumed in the second window
+    assert np.array_equal(rest, shared[70:])
 
 
-def test_a_later_start_gives_the_rest_of_the_same_steps():
-    lengths = np.random.default_rng(0).integers(5, 60, 500)
-    whole, rest = shares(lengths, 32, 2), shares(lengths, 32, 2, start=7)
-    assert [rank[7:] for rank in whole] == rest
+def test_an_epoch_gives_a_row_at_most_once_and_each_leaves_out_other_rows():
+    epochs = [epoch_steps(LENGTHS, 24, 2, epoch) for epoch in range(3)]
+    assert all(len(np.unique(steps)) == steps.size == 208 * 24 for steps in epochs)
+    left_out = [frozenset(range(len(LENGTHS))) - set(steps.flat) for steps in epochs]
+    assert len(set(left_out)) == 3
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("micro", [16, 32])
-def test_steps_cost_all_ranks_alike_and_little_is_padding(world_size, micro):
+def test_the_order_is_a_function_of_seed_and_epoch():
+    orders = [epoch_steps(LENGTHS, 24, 2, epoch, 0, seed) for epoch in (0, 1) for seed in (0, 1)]
+    assert len({order.tobytes() for order in orders}) == 4
+    assert np.array_equal(orders[0], epoch_steps(LENGTHS, 24, 2))
+
+
+def test_fewer_rows_than_one_step_are_refused():
+    with pytest.raises(DataError, match="--global-batch-size 23"):
+        LengthGroupedSampler(tokenized(LENGTHS[:23]), 24)
+    assert epoch_steps(LENGTHS[:24], 24, 2).shape == (1, 2, 12)
+
+
+def test_a_data_loader_cuts_steps_into_micro_batches():
+    data = tokenized(LENGTHS)
+    sampler = LengthGroupedSampler(data, 24, 2, 1)
+    loader = DataLoader(data, batch_size=4, sampler=sampler, collate_fn=dataset.collate)
+    sizes = [len(labels) for _, _, labels in loader]
+    assert sizes == [4] * (208 * 3) and len(loader) == len(sizes)
+
+
+def test_all_ranks_have_equally_much_to_do_and_little_of_it_is_padding():
     # 55,080 lengths with the percentiles of AG News: 5 % are below 31 tokens, half below 50, ...
     at = [0, 5, 25, 50, 75, 95, 99, 100]
     tokens = [12, 31, 43, 50, 59, 79, 122, 128]
     draw = np.random.default_rng(0).uniform(0, 100, 55_080)
     lengths = np.interp(draw, at, tokens).round().astype(int)
-    every = shares(lengths, micro * world_size, world_size)
-    cost = np.array([[len(s) * max(lengths[max(i, -1 - i)] for i in s) for s in r] for r in every])
-    assert (cost.max(0) / cost.mean(0) - 1).mean() <= 0.02
-    assert cost.sum() / lengths.sum() <= 1.03
+    steps = lengths[epoch_steps(lengths, 256, 2)].reshape(-1, 2, 4, 32)  # micro-batches of 32
+    padded = 32 * steps.max(axis=3).sum(axis=2)  # tokens of a rank in a step
+    assert (padded.max(axis=1) / padded.mean(axis=1) - 1).mean() <= 0.002
+    assert padded.sum() / steps.sum() <= 1.03
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_rows_are_on_exactly_one_rank(news_folder, tiny_backbone, world_size):
     test = dataset.prepare_data(str(news_folder), tiny_backbone, 128, None, None).test
     loaders = [dataset.eval_loader(test, 4, rank, world_size) for rank in range(world_size)]
-    rows = sorted(i for loader in loaders for batch in loader.batch_sampler for i in batch)
-    assert rows == list(range(53))
+    every = sorted(i for loader in loaders for batch in loader.batch_sampler for i in batch)
+    assert every == list(range(53))

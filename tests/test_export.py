@@ -13,7 +13,7 @@ from ranks import ROOT, environment
 from server import server
 from stand_ins import COMMON, WORDS
 
-import utils
+import checkpoint
 from inference import export
 from inference.model_loader import ONNX, ONNX_FACTS, Classifier, LoadError, sha256
 
@@ -95,7 +95,7 @@ def test_int8_that_is_not_good_enough_is_not_written(
 def test_auto_takes_int8_when_it_belongs_to_the_checkpoint(copy):
     assert Classifier(copy).info["engine"] == "onnx"
     state = torch.load(copy / "distilbert_agnews.pt")
-    utils.save_checkpoint(state | {"newer": True}, copy / "distilbert_agnews.pt")  # newer
+    checkpoint.save_checkpoint(state | {"newer": True}, copy / "distilbert_agnews.pt")  # newer
     assert Classifier(copy).info["engine"] == "torch"
     with pytest.raises(LoadError, match="made of another checkpoint.*--to onnx"):
         Classifier(copy, "onnx")

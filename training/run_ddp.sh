@@ -1,32 +1,83 @@
 #!/usr/bin/env bash
-# DDP training through torchrun; every flag goes to train_ddp.py (--help lists them).
+# DDP training: starts torchrun, which starts one copy of train_ddp.py per GPU. Each copy (a rank)
+# finds its place in the environment that torchrun sets: WORLD_SIZE (the number of ranks), RANK (its
+# own number, from 0), LOCAL_RANK (its number on this host, which picks its GPU), MASTER_ADDR and
+# MASTER_PORT (where the ranks meet). All flags go to train_ddp.py; --help lists them.
 #
-#   bash training/run_ddp.sh                          one process per GPU, or two on a CPU
-#   NPROC_PER_NODE=3 bash training/run_ddp.sh         that many
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash training/run_ddp.sh    on each of two hosts
-#   TIMEOUT=60 bash training/run_ddp.sh               end when a rank keeps the others waiting, s
-#   MAX_RESTARTS=3 bash training/run_ddp.sh           go on from last.pt when a rank is killed
+#   bash training/run_ddp.sh                       one process per GPU, or two on the CPU
+#   NPROC_PER_NODE=3 bash training/run_ddp.sh      three processes
+#   MAX_RESTARTS=3 bash training/run_ddp.sh        resume from last.pt when a rank is killed
+#   TIMEOUT=60 bash training/run_ddp.sh            fail when a rank keeps the others waiting, seconds
+#   PYTHON=python3.12 bash training/run_ddp.sh     this interpreter
+#
+# On each of two hosts (the second with NODE_RANK=1), with the address of the first:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 bash training/run_ddp.sh
 set -euo pipefail
+trap 'exit 130' INT  # else bash forgets a Ctrl-C that a command in here survives
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
-nproc=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
 
-# torchrun gives each process one thread, which leaves cores idle on a CPU
-cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
-if [ "${NNODES:-1}" = 1 ]; then
-  meet=(--standalone)  # a free port, so that two runs on one host do not collide
-  # gloo would look up the host's own name, which on a laptop without network can fail or hang
+fail() { echo "error: $1" >&2 && exit 2; }
+
+check() {  # NAME VALUE LOWEST HIGHEST
+  if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then
+    fail "$1=$2: expected a whole number from $3 to $4"
+  fi
+}
+
+usable_cores() {  # the CPUs that this shell may run on, or fewer if a container has a CPU quota
+  local cores path quota period
+  cores=$(OMP_NUM_THREADS='' nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+  while read -r path; do
+    while path=${path%/}; do  # from this shell's cgroup up to the root
+      read -r quota period < <(cat "/sys/fs/cgroup$path/cpu.max" 2>/dev/null ||
+        paste -d ' ' "/sys/fs/cgroup/cpu$path/cpu.cfs_"{quota,period}_us 2>/dev/null) || quota=max
+      [[ $quota =~ ^[0-9]+$ ]] && cores=$((quota / period < cores ? quota / period : cores))
+      [ -n "$path" ] || break
+      path=${path%/*}
+    done
+  done < <(sed -nE 's/^[0-9]+:(([^:]*,)?cpu(,[^:]*)?)?://p' /proc/self/cgroup 2>/dev/null)
+  echo "$cores"
+}
+
+candidates=(python python3 "$here/../.venv/bin/python")  # .venv: `make` created it, not activated
+[ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+for python in "${candidates[@]}" ''; do
+  "$python" -c 'import importlib.util as u; u.find_spec("torch").name' &>/dev/null && break
+done
+[ -n "$python" ] || fail "no torch in ${candidates[*]}: activate its environment, or set PYTHON"
+
+nproc=${NPROC_PER_NODE:-2} nnodes=${NNODES:-1} restarts=${MAX_RESTARTS:-0}
+if [ -z "${NPROC_PER_NODE:-}" ] && command -v nvidia-smi >/dev/null; then
+  nproc=$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')
+fi
+export TIMEOUT=${TIMEOUT:-600}
+check NPROC_PER_NODE "$nproc" 1 1024
+check NNODES "$nnodes" 1 1024
+check MAX_RESTARTS "$restarts" 0 1000
+check TIMEOUT "$TIMEOUT" 1 86400
+if [ "$nnodes" = 1 ]; then
+  rendezvous=(--standalone)  # on a free port: several runs on one host do not collide
+  # gloo looks up the host's own name, which can fail or hang on a laptop without a network
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$([ "$(uname)" = Darwin ] && echo lo0 || echo lo)}
 else
-  # the first host keeps the store, at an address that need not be what its own name resolves to
-  TIMEOUT=${TIMEOUT:-600}
-  first=$([ "${NODE_RANK:?is 0 on the first host, 1 on the next}" = 0 ] && echo 1 || echo 0)
-  meet=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
-    --rdzv-backend c10d --rdzv-id distrinews
-    --rdzv-conf "is_host=$first,read_timeout=$((TIMEOUT < 60 ? TIMEOUT : 60))"
-    --rdzv-endpoint "${MASTER_ADDR:?is the address of the first host}:${MASTER_PORT:-29500}")
-  if [ "$first" = 1 ]; then meet+=(--local-addr "$MASTER_ADDR"); fi
+  check NODE_RANK "${NODE_RANK:-}" 0 $((nnodes - 1))
+  check MASTER_PORT "${MASTER_PORT:=29500}" 1 65535
+  [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR is not set: expected the address of the first host"
+  # restarted ranks would find the addresses of the dead ones in the store that the hosts share
+  [ "$restarts" = 0 ] || fail "MAX_RESTARTS=$restarts: expected 0 with NNODES=$nnodes; to resume, \
+start the same command again on every host"
+  # the static rendezvous, because it numbers the hosts by NODE_RANK: rank 0 is on the first
+  rendezvous=(--nnodes "$nnodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
+    --master-port "$MASTER_PORT" --rdzv-conf "timeout=$TIMEOUT")
 fi
-exec python "$here/launch.py" "${meet[@]}" --nproc-per-node "$nproc" \
-  --max-restarts "${MAX_RESTARTS:-0}" "$here/train_ddp.py" "$@"
+
+threads=$(($(usable_cores) / nproc))  # torchrun would set 1, which leaves cores idle on a CPU
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted ranks meet in a new, empty store
+# torchrun forwards a signal to all ranks and waits while they finish their step and save. SIGUSR1 is
+# Slurm's warning; SIGUSR2 comes from a rank (see torchrun.py); nohup ignores SIGHUP, which we keep.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+signals=SIGINT,SIGTERM,SIGQUIT,SIGUSR1,SIGUSR2$([ -n "$(trap -p HUP)" ] || echo ,SIGHUP)
+export PET_SIGNALS_TO_HANDLE=$signals  # the environment's form of torchrun's --signals-to-handle
+exec "$python" "$here/torchrun.py" "${rendezvous[@]}" --nproc-per-node "$nproc" \
+  --max-restarts "$restarts" "$here/train_ddp.py" "$@"

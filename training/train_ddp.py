@@ -1,73 +1,65 @@
-"""Fine-tune DistilBERT on AG News in several processes with DistributedDataParallel.
+"""Fine-tune DistilBERT on AG News in several processes with DistributedDataParallel (DDP).
 
-bash training/run_ddp.sh                                  # AG News, a process for every GPU
-bash training/run_ddp.sh --data sample --model packaged   # minutes on a laptop, no network
+bash training/run_ddp.sh                                  # AG News, one process per GPU
+bash training/run_ddp.sh --data sample --model packaged --global-batch-size 16   # no network
 diff training/train_single.py training/train_ddp.py       # what DDP adds, and nothing else
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
 import argparse
 import math
+import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+import checkpoint
+import comm_hooks
+import dataset
+import errors
+import machine
+import run_record
 import utils
-from dataset import (
-    LABELS,
-    DataError,
-    LengthWindows,
-    eval_loader,
-    load_tokenizer,
-    prepare_data,
-    train_loader,
-)
-from gradients import keep_words_out, share_gradients
 from model import ModelError, find_backbone, load_backbone
-from utils import print0
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.ArgumentParser(__doc__)
     add = parser.add_argument
     # data and model
-    add("--data", default="auto", help="auto, ag_news (the Hub's), sample, or a folder with "
-        "train.csv and test.csv")
-    add("--model", default="auto", help="auto, packaged (needs no Hub), a Hub name, or a folder")
-    add("--max-length", type=int, default=128, help="tokens; 99 %% of AG News is shorter")
-    add("--max-train-samples", type=int, help="train on a random part of this many rows")
-    add("--max-eval-samples", type=int, help="evaluate on at most this many rows")
+    add("--data", default="auto", help="auto (default), ag_news (the Hub's), sample, or a folder")
+    add("--model", default="auto", help="auto (default), packaged, a Hub name, or a folder")
+    add("--max-length", type=int, default=128, help="tokens a row (default: %(default)s)")
+    add("--max-train-samples", type=int, help="train on a random part (default: all rows)")
+    add("--max-eval-samples", type=int, help="evaluate on a random part (default: all rows)")
     # optimization
-    add("--epochs", type=int, default=2)
-    add("--max-steps", type=int, help="end after this many optimizer steps")
-    add("--global-batch-size", type=int, default=32, help="rows of a step, over all processes")
-    add("--micro-batch-size", type=int, help="rows of one forward of one process (default: its "
-        "whole share of a step)")
-    add("--lr", type=float, help="peak learning rate (default: 5e-5; 1e-4 for a backbone narrower "
-        "than 768)")
-    add("--warmup", type=float, default=0.1, help="part of all steps in which the lr rises")
-    add("--dropout", type=float, help="in the encoder (default: the backbone's own, 0.1)")
-    add("--patience", type=int, help="end after this many epochs without a lower validation loss, "
-        "and keep the best epoch's weights (default: off)")
-    add("--seed", type=int, default=0)
+    add("--epochs", type=int, default=2, help="passes over the rows (default: %(default)s)")
+    add("--max-steps", type=int, help="end after this many optimizer steps (default: no limit)")
+    add("--global-batch-size", type=int, default=256, help="rows a step (default: %(default)s)")
+    add("--micro-batch-size", type=int, help="rows a forward (default: up to 128; CPU: up to 32)")
+    add("--lr", type=float, help=utils.LR_HELP)
+    add("--warmup", type=float, default=0.1, help="share of all steps (default: %(default)s)")
+    add("--dropout", type=float, help="in the encoder (default: the backbone's own)")
+    add("--seed", type=int, default=0, help="of head, order and dropout (default: %(default)s)")
     # the machine
-    add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    add("--backend", choices=["auto", "nccl", "gloo"], default="auto", help="auto: nccl on GPUs")
-    add("--grad-compression", choices=["none", "fp16", "bf16"], default="none")
-    add("--sparse-embeddings", action="store_true", help="send only the rows that a step touched")
+    add("--precision", choices=utils.PRECISIONS, default="auto", help="default: the fastest here")
+    add("--backend", choices=utils.BACKENDS, default="auto", help="default: nccl on GPUs, or gloo")
+    add("--grad-compression", choices=comm_hooks.DTYPES, default="none", help="of what is sent")
+    add("--sparse-embeddings", action="store_true", help="send only touched embedding rows")
     # what is kept
-    add("--checkpoint-dir", type=Path, default=Path(__file__).parent.parent / "checkpoints")
-    add("--save-every", type=int, default=1000, help="steps between two saves of last.pt")
-    add("--resume", choices=["auto", "never"], default="auto", help="auto: go on from last.pt, "
-        "which an unfinished run leaves")
+    add("--checkpoint-dir", type=Path, default=checkpoint.FOLDER, help="default: checkpoints/")
+    add("--save-every", type=int, default=100, help="steps between saves (default: %(default)s)")
+    add("--fresh", action="store_true", help="start over, whatever last.pt holds")
     add("--report", type=Path, help="write the run record here too (always: runs/*.json)")
     add("--tensorboard", type=Path, help="write event files to this folder")
     return parser.parse_args()
@@ -75,153 +67,154 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    utils.tune_memory()
-    stop = utils.StopSignal()
-    # DDP 1/7: one process per device. torchrun has started world_size copies of this script, over
-    # all hosts; RANK counts them all, LOCAL_RANK those on this host, and so picks the GPU.
-    world_size = utils.torchrun_world_size()
-    micro_batch_size, grad_accum_steps = utils.check_flags(args, world_size)
-    device, backend = utils.choose_device(args.backend)
+    utils.check_flags(args)
+    # DDP 1/7: one process per device. torchrun started world_size copies of this script. RANK
+    # numbers them over all hosts; LOCAL_RANK numbers those on this host, so it picks the GPU.
+    rank, local_rank, world_size = utils.torchrun_ranks()
+    master_process = rank == 0  # not local_rank: every host has a local rank 0
+    errors.end_with_launcher()
+    device, backend = utils.choose_device(args.backend, local_rank)
+    micro_batch_size, grad_accum_steps = utils.split_batch(args, world_size, device)
     precision, precision_why = utils.choose_precision(args.precision, device)
     autocast = utils.autocast(device, precision)
-    put = partial(Tensor.to, device=device, non_blocking=True)  # a plain copy waits for the GPU
+    machine.tune_cpu()
+    if master_process:
+        checkpoint.claim_folders(args)
 
-    # DDP 2/7: data before the group. One process of each host downloads and tokenises while the
-    # others wait for its files; in the group they would wait in a collective, which times out.
-    utils.hub_answers()
-    folder, model_source, model_why = find_backbone(args.model)
-    data = prepare_data(
+    # DDP 2/7: data before the group. One process of each host tokenizes while the others wait for
+    # its file lock. Inside the group they would wait in a collective, which times out.
+    machine.hub_answers()
+    folder, *model_source = find_backbone(args.model)
+    data = dataset.prepare_data(
         args.data, folder, args.max_length, args.max_train_samples, args.max_eval_samples
     )
+    # DDP 1/7: the processes meet. From here on, a collective that one rank calls all must call.
+    # NCCL carries tensors between GPUs; gloo carries those on the CPU, such as counts.
+    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
+    bound = device if backend == "nccl" else None  # NCCL then connects at once, not in a step
+    dist.init_process_group(backends, timeout=utils.TIMEOUT, device_id=bound)
 
-    # the processes meet (DDP 1/7). From here on, a collective that one rank calls all must call.
-    # NCCL carries tensors between GPUs, gloo those on the CPU: counts and signals.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-        timeout=utils.TIMEOUT, device_id=device if backend == "nccl" else None,
-    )
-    rank = dist.get_rank()
-    master_process = rank == 0  # not the local rank: there is a local rank 0 on every host
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
-    raw_model = load_backbone(folder, args.dropout).to(device)
-    args.lr = args.lr or (5e-5 if raw_model.config.dim >= 768 else 1e-4)
+    raw_model = load_backbone(folder, args.dropout, args.max_length, data.vocab_size).to(device)
+    args.lr = args.lr or utils.default_lr(raw_model.config.dim, args.global_batch_size)
     optimizer = utils.make_optimizer(raw_model, args.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    recipe = checkpoint.make_recipe(args, data.fingerprint, raw_model, precision)
+    # DDP 2/7: a host with other rows, weights or flags would train along without any error.
+    utils.check_same_on_all_ranks(args, recipe)
 
-    # DDP 3/7: DistributedSampler. All ranks draw the same permutation, from (seed, epoch), and
-    # rank r takes every world_size-th row of it from r on: disjoint shares, together the epoch.
-    sampler = DistributedSampler(data.train, world_size, rank, seed=args.seed)
-    steps = LengthWindows(sampler, data.train.lengths, args.global_batch_size)
-    train_batches = train_loader(data.train, steps, micro_batch_size, pin=device.type == "cuda")
-    val_batches, test_batches = (
-        eval_loader(split, 64, rank, world_size) for split in (data.val, data.test)
+    # DDP 3/7: the sampler. All ranks draw an epoch's order from (seed, epoch). Of each step's rows
+    # rank r takes r, r + world_size, ...: step k trains on the same rows on 1 process or on 8.
+    sampler = dataset.LengthGroupedSampler(
+        data.train, args.global_batch_size, num_replicas=world_size, rank=rank, seed=args.seed
     )
-    total_steps = min(len(steps) * args.epochs, args.max_steps or math.inf)
-
-    record = utils.start_record(
-        args, device, backend, precision, micro_batch_size, grad_accum_steps, total_steps,
-        raw_model, model_source, data, LABELS,
-    )  # fmt: skip
-    print0(f"model: {model_source} ({model_why}), {record['parameters']:,} parameters")
-    print0(f"data: {data.source} ({data.why}), {len(data.train):,} training rows{data.note}")
-    print0(f"device: {world_size} x {device.type}, {precision} ({precision_why}), {backend}")
-    print0(f"batch: {args.global_batch_size} rows = {micro_batch_size} per forward x {world_size} "
-           f"processes x {grad_accum_steps} accumulated; {total_steps:,} steps, lr {args.lr:g}")
-    last_pt = args.checkpoint_dir / "last.pt"
-    at = utils.resume(last_pt, args.resume, record, raw_model, optimizer, scaler)
-
-    # DDP 4/7: the wrapper. Rank 0's weights are copied to all, once. As backward fills a bucket of
-    # gradients (25 MiB), its all-reduce starts while backward goes on. All ranks get the mean, bit
-    # for bit the same, so equal optimizers take equal steps: weights are never sent again.
-    keep_words_out(raw_model, args.sparse_embeddings)
-    model = DistributedDataParallel(
-        raw_model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    pin = device.type == "cuda"  # pinned memory is copied to a GPU while the CPU goes on
+    train_loader = DataLoader(
+        data.train, micro_batch_size, sampler=sampler, collate_fn=dataset.collate, pin_memory=pin
     )
-    share_gradients(model, args.grad_compression, args.sparse_embeddings)
-    watch = utils.Stopwatch(device, at)
-    bar = utils.Progress(at, steps, total_steps)
-    for epoch in range(at["epoch"], args.epochs):
-        sampler.set_epoch(epoch)  # DDP 3/7: or every epoch has the first one's order
-        steps.start = at["step"]
-        totals = torch.tensor(at["totals"], dtype=torch.float64, device=device)  # loss, correct
-        bar.loss_sum = at["totals"][0]
-        watch.train()
-        stop.deferred = True  # from here a signal waits for the end of its step
-        for step, micro_batches in enumerate(train_batches, start=at["step"]):
-            if epoch * len(steps) + step >= total_steps:
-                break
-            utils.seed_step(args.seed, epoch, step, rank)  # other dropout masks on each rank
-            utils.set_lr(optimizer, epoch * len(steps) + step, total_steps, args.lr, args.warmup)
-            step_rows = steps.row_count(step)
-            for micro_step, (input_ids, attention_mask, labels) in enumerate(micro_batches, 1):
-                # DDP 5/7: no_sync. Gradients add up in place over the micro-batches, and only the
-                # last backward needs the all-reduce. The forward decides: it must be inside.
-                last = micro_step == len(micro_batches)
+    val_loader = dataset.eval_loader(data.val, 64, rank, world_size)
+    test_loader = dataset.eval_loader(data.test, 64, rank, world_size)
+    steps_per_epoch = sampler.steps_per_epoch
+    total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
+    record = run_record.start_record(
+        args,
+        data,
+        raw_model,
+        model_source,
+        (precision, precision_why),
+        micro_batch_size,
+        total_steps,
+    )
+    trainer_state = {"model": raw_model, "optimizer": optimizer, "scaler": scaler}
+    step, history, epoch_sums = checkpoint.resume(args, recipe, trainer_state)
+
+    # DDP 4/7: the wrapper. Rank 0's weights are copied to all ranks, once. As soon as backward has
+    # filled a bucket of gradients, its all-reduce starts while backward continues. Every rank gets
+    # the same mean, bit for bit, so equal optimizers take equal steps: weights are not sent again.
+    device_ids = [device] if device.type == "cuda" else None
+    model = DistributedDataParallel(raw_model, device_ids, gradient_as_bucket_view=True)
+    comm_hooks.register_comm_hook(model, args.grad_compression, args.sparse_embeddings)
+    # After its first backward DDP sorts the buckets, and sums in another order from then on. So one
+    # backward is thrown away: a resumed run then sums exactly like one that was not interrupted.
+    ones = torch.ones(1, 8, dtype=torch.long, device=device)
+    model(ones, ones).sum().backward()
+    optimizer.zero_grad()
+
+    writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
+    progress = tqdm(total=total_steps, initial=step, disable=not master_process, **utils.BAR)
+    read_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
+    running = torch.zeros(2, device=device)  # loss and correct rows since they were last read
+    stop_signals = errors.note_stop_signals()
+    for epoch in range(len(history["epochs"]), args.epochs):
+        # DDP 3/7: without set_epoch every epoch would have the first one's order
+        sampler.set_epoch(epoch)
+        sampler.start_step = step - epoch * steps_per_epoch  # above 0 where a run resumes
+        epoch_end = min((epoch + 1) * steps_per_epoch, total_steps)
+        batches, rows, t0 = iter(train_loader), 0, time.perf_counter()
+        while step < epoch_end:
+            utils.seed_step(args.seed, step, rank)
+            lr = utils.set_lr(optimizer, step, total_steps, args.lr, args.warmup)
+            for micro_step in range(grad_accum_steps):
+                batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
+                input_ids, attention_mask, labels = batch
+                # DDP 5/7: no_sync. Gradients add up over the micro-batches, and only the last
+                # backward needs the all-reduce. The forward decides, so it has to be inside.
+                last = micro_step == grad_accum_steps - 1
                 with autocast(), nullcontext() if last else model.no_sync():
-                    logits = model(put(input_ids), put(attention_mask)).float()
-                labels = put(labels)
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                # divided by the whole step's rows: parts may be uneven, so no mean of means
-                # world_size undoes DDP's own division, which takes the mean over ranks
-                scaler.scale(loss * world_size / step_rows).backward()
-                totals += torch.stack([loss.detach(), (logits.argmax(1) == labels).sum()])
-            scaler.unscale_(optimizer)  # the limit is meant for the true gradients
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    logits = model(input_ids, attention_mask).float()
+                loss = F.cross_entropy(logits, labels)
+                # micro-batches are equally large, so the mean of their means is the step's mean
+                scaler.scale(loss / grad_accum_steps).backward()
+                correct = (logits.argmax(1) == labels).sum()
+                running += torch.stack([loss.detach() * len(labels), correct])
+            scaler.unscale_(optimizer)  # clipping is meant for the true gradients
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            at["step"] = step + 1
-            watch.step(step_rows)
+            step, rows = step + 1, rows + args.global_batch_size
+            progress.update()
 
-            # a GPU lags behind its launches; reading a number waits for it, so not in every step
-            saving = at["step"] % args.save_every == 0 or at["step"] == len(steps)
-            reading = saving or device.type == "cpu" or at["step"] % 20 == 0
-            loss_sum = totals[0].item() if reading else None
-            bar.update(step_rows, loss_sum)
-            # ranks agree on leaving, or those that stay would wait in a collective for ever
-            why = utils.reduce_max(utils.NOT_FINITE if utils.is_bad(loss_sum) else stop.number)
-            if why == utils.NOT_FINITE:
-                raise utils.UsageError(utils.explain_not_finite(at, precision, last_pt))
-            if why or saving:
-                watch.switch("save")
-                at["totals"] = utils.reduce_sum(totals.tolist())
-                if master_process:
-                    utils.save_last(last_pt, at, record, raw_model, optimizer, scaler)
-                if why:
-                    stop.exit(why, f"stopped at epoch {epoch + 1}, step {at['step']}, and saved "
-                              f"{last_pt}; the same command goes on from there")
-                watch.train()
-        stop.deferred = False
+            saving = step % args.save_every == 0 or step == epoch_end
+            if not saving and step % read_every:
+                continue
+            # DDP 6/7: metrics. Each rank has summed over its own rows; the sums are added over the
+            # ranks, then divided once. The same all-reduce carries the stop signals: a rank that
+            # stopped alone would leave the others waiting in their next collective.
+            loss_sum, correct, stop = utils.all_reduce_sum([*running.tolist(), len(stop_signals)])
+            running.zero_()
+            seconds = time.perf_counter() - t0
+            epoch_sums += epoch_sums.new_tensor([loss_sum, correct, rows, seconds])
+            point = {"loss": loss_sum / rows, "lr": lr, "samples_per_second": rows / seconds}
+            progress.set_postfix(
+                {name: f"{value:.3g}" for name, value in point.items()}, refresh=False
+            )
+            point |= {"step": step, "grad_norm": grad_norm.item()}
+            run_record.log_point(history, writer, total_steps, scaler, point)
+            if master_process and (saving or stop):
+                checkpoint.save_last(args, recipe, trainer_state, step, history, epoch_sums)
+            if stop:
+                errors.exit_stopped(stop_signals, f"stopped and saved at step {step}", args.fresh)
+            rows, t0 = 0, time.perf_counter()
 
-        # DDP 6/7: metrics. Each rank has counted its own rows; the sums are added up over ranks and
-        # divided once. A mean of the ranks' means is wrong as soon as their counts differ.
-        loss_sum, correct = utils.reduce_sum(totals.tolist())
-        rows = min(at["step"] * steps.global_batch_size, len(data.train))
-        watch.switch("eval")
-        val = utils.evaluate(raw_model, val_batches, device, autocast, len(data.val))
-        watch.switch(None)
-        train = (loss_sum / rows, correct / rows)
-        enough = utils.end_epoch(at, train, val, raw_model, args.patience)
-        if enough or (epoch + 1) * len(steps) >= total_steps:
+        val = utils.evaluate(raw_model, val_loader, device, autocast, len(data.val))
+        run_record.log_epoch(history, writer, step, epoch_sums, val)
+        epoch_sums.zero_()
+        if step == total_steps:
             break
-    bar.close()
+    progress.close()
 
-    if at["best"]:
-        raw_model.load_state_dict(at["best"])
-    watch.switch("test")
-    test = utils.evaluate(raw_model, test_batches, device, autocast, len(data.test))
-    watch.switch(None)
-    # DDP 7/7: rank 0 alone logs and saves. All ranks hold the same weights, and two writers spoil a
-    # file. It saves raw_model: the wrapper puts "module." before every name.
+    test = utils.evaluate(raw_model, test_loader, device, autocast, len(data.test))
+    # DDP 7/7: rank 0 alone logs and saves. All ranks hold the same weights, and two writers would
+    # corrupt a file. It saves raw_model: the wrapper puts "module." before every name.
     if master_process:
-        utils.finish_record(record, at, *test, device, args)
-        load_tokenizer(folder).save_pretrained(args.checkpoint_dir / "tokenizer")
-        utils.save_model(args.checkpoint_dir / "distilbert_agnews.pt", raw_model, record)
-        utils.forget(last_pt)  # nothing is left to go on with
-    utils.settle()  # none leaves before rank 0 has saved: torchrun ends all when one fails
-    dist.destroy_process_group()  # not in a finally: it may wait for a rank that has failed
+        run_record.finish_record(record, history, test, device, args.report)
+        checkpoint.save_model(args.checkpoint_dir, raw_model, record, folder)
+        checkpoint.release_folder(args.checkpoint_dir)  # with last.pt: nothing is left to resume
+    utils.cleanup_distributed()
 
 
 if __name__ == "__main__":
-    with utils.one_line_errors(DataError, ModelError, utils.UsageError, utils.CheckpointError):
+    kinds = (dataset.DataError, ModelError, utils.UsageError, checkpoint.CheckpointError)
+    with errors.one_line_errors(*kinds):
         main()

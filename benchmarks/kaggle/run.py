@@ -93,7 +93,7 @@ def main() -> None:
     data = ["--data", "sample", "--epochs", "1"] if args.quick else []
     if args.quick:
         speed = ["--quick", *(["--model", args.model] if args.model else [])]
-    flags = ["--model", model, *data, "--resume", "never", "--checkpoint-dir"]
+    flags = ["--model", model, *data, "--fresh", "--checkpoint-dir"]
     run(sys.executable, "training/train_single.py", *flags, args.working / "checkpoints_single",
         "--report", RESULTS / "kaggle_single.json", CUDA_VISIBLE_DEVICES="0" if gpus else "")
     run("bash", "training/run_ddp.sh", *flags, args.working / "checkpoints",

@@ -22,10 +22,10 @@ import torch
 from inference.model_loader import LoadError, torch_engine
 from tests import stand_ins
 from tests.ranks import ROOT, environment
-from training import utils
+from training import checkpoint, machine
 
 WAYS = ("truncated", "flipped", "zeroed", "swapped", "older", "code")
-LAST_KEYS = ("model", "optimizer", "scaler", "at", "identity", "plan")
+LAST_KEYS = checkpoint.LAST_KEYS
 
 
 class Evil:
@@ -45,7 +45,8 @@ def train(folder: Path, backbone: Path, news: Path, *more) -> None:
 
 def unfinished(folder: Path, backbone: Path, news: Path) -> None:
     """A folder with last.pt and the save before it, as a run that was killed leaves it."""
-    code = "import sys, utils; utils.forget = lambda path: None; import train_single as t; t.main()"
+    code = "import checkpoint; checkpoint.release_folder = lambda path: None; "
+    code += "import train_single; train_single.main()"
     flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--max-steps", 8,
              "--save-every", 2, "--epochs", 2]  # fmt: skip
     subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=folder.parent,
@@ -77,11 +78,11 @@ def spoil(path: Path, other: Path, way: str, chance: random.Random, trace: Path)
     if way == "older":
         gone = chance.choice([key for key in state if key != "metrics"])
         del state[gone]
-        utils.save_checkpoint(state, path)
+        checkpoint.save_checkpoint(state, path)
         return f"no {gone}"
     state[chance.choice(list(state))] = Evil(trace)
     if chance.random() < 0.5:
-        utils.save_checkpoint(state, path)
+        checkpoint.save_checkpoint(state, path)
         return "code in a sealed file"
     path.write_bytes(pickle.dumps(state))
     return "code in a bare pickle"
@@ -103,9 +104,7 @@ def main() -> None:
         whole = place / "whole"
         train(whole, backbone, news, "--max-steps", 8)
         unfinished(whole, backbone, news)
-        record = {}  # as read_last compares it
-        state = utils.load_checkpoint(whole / "last.pt", LAST_KEYS)
-        record |= state["identity"] | state["plan"]
+        recipe = checkpoint.load_checkpoint(whole / "last.pt", LAST_KEYS)["recipe"]
         for number in range(args.times):
             chance = random.Random(1000 * args.seed + number)
             folder, trace = place / "spoiled", place / "it_ran"
@@ -117,17 +116,17 @@ def main() -> None:
             done = spoil(path, other, way, chance, trace)
             one = {"seed": 1000 * args.seed + number, "file": path.name, "way": way, "what": done}
             if path.name == "last.pt":
-                previous = utils.read_last(path, record)  # falls back, and says so
-                before = utils.load_checkpoint(utils.beside(path)[1], LAST_KEYS)
-                one["fell_back"] = previous["at"]["step"] == before["at"]["step"]
-                utils.beside(path)[1].unlink()
+                previous = checkpoint.read_last(path, recipe)  # falls back, and says so
+                before = checkpoint.load_checkpoint(checkpoint.previous_path(path), LAST_KEYS)
+                one["fell_back"] = previous["step"] == before["step"]
+                checkpoint.previous_path(path).unlink()
             try:
                 if path.name == "last.pt":
-                    utils.read_last(path, record)
+                    checkpoint.read_last(path, recipe)
                 else:
                     torch_engine(folder)
                 one["refused"] = ""
-            except (utils.CheckpointError, LoadError) as error:
+            except (checkpoint.CheckpointError, LoadError) as error:
                 one["refused"] = str(error).replace(str(place), "")
             one["code_ran"] = trace.exists()
             found.append(one)
@@ -140,8 +139,8 @@ def main() -> None:
     if args.out:
         figures = {"script": "faults_corrupt", "seed": args.seed, "files": found,
                    "command": f"python -m tests.faults.corrupt --times {args.times}",
-                   "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
-                   "git_commit": utils.git_commit()}  # fmt: skip
+                   "host": machine.host(torch.device("cpu")), "versions": machine.versions(),
+                   "git_commit": machine.git_commit()}  # fmt: skip
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(good != len(found))

@@ -22,7 +22,7 @@ import torch
 
 from tests import stand_ins
 from tests.ranks import ROOT, environment
-from training import utils
+from training import checkpoint, machine
 
 STEPS = 420  # of a run: about five seconds, once it has started
 
@@ -85,7 +85,7 @@ def kill_once(run: Run, chance: random.Random) -> dict:
     run.start()
     run.wait_for(lambda: run.pid_of(victim))
     pid = run.pid_of(victim)
-    temporary, _ = utils.beside(run.last)
+    temporary = checkpoint.temporary_path(run.last)
     if in_save:
         run.wait_for(lambda: run.last.exists())
         time.sleep(after / 9)
@@ -120,14 +120,15 @@ def loadable(last: Path) -> bool:
     if not last.exists():
         return True
     try:
-        utils.load_checkpoint(last, ("model", "at"))
-    except utils.CheckpointError:
+        checkpoint.load_checkpoint(last, checkpoint.LAST_KEYS)
+    except checkpoint.CheckpointError:
         return False
     return True
 
 
 def weights(run: Run) -> dict:
-    return utils.load_checkpoint(run.folder / "c" / "distilbert_agnews.pt", ("model",))["model"]
+    path = run.folder / "c" / "distilbert_agnews.pt"
+    return checkpoint.load_checkpoint(path, ("model",))["model"]
 
 
 def left_behind(run: Run) -> list[str]:
@@ -171,8 +172,8 @@ def main() -> None:
     if args.out:
         record = {"script": "faults_kill", "seed": args.seed, "steps": STEPS, "kills": kills,
                   "command": f"python -m tests.faults.kill --kills {args.kills} --seed {args.seed}",
-                  "host": utils.host(torch.device("cpu")), "versions": utils.versions(),
-                  "git_commit": utils.git_commit()}  # fmt: skip
+                  "host": machine.host(torch.device("cpu")), "versions": machine.versions(),
+                  "git_commit": machine.git_commit()}  # fmt: skip
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(good != len(kills))

@@ -29,7 +29,7 @@ from benchmarks.bench_inference import HEALTH, Caller, closed_loop, overload, pe
 from inference.model_loader import CHECKPOINTS, Classifier, LoadError
 from tests.ranks import ROOT
 from tests.server import wait_until_healthy
-from training import utils
+from training import machine
 from training.dataset import SAMPLE, read_folder
 
 DRAIN_SECONDS = 1
@@ -236,8 +236,8 @@ def main() -> None:
     expected = [classifier.predict([text])[0] for text in texts]
     requests = [request(text) for text in texts]
     record = {
-        "script": "faults_serve", "host": utils.host(torch.device("cpu")),
-        "versions": utils.versions(), "git_commit": utils.git_commit(), "engine": "torch",
+        "script": "faults_serve", "host": machine.host(torch.device("cpu")),
+        "versions": machine.versions(), "git_commit": machine.git_commit(), "engine": "torch",
         "texts": f"folder {Path(folder).name}" if folder else "sample",
         "model": classifier.info["backbone"],
         "command": f"python -m tests.faults.serve --requests {args.requests} --bodies "

@@ -1,0 +1,286 @@
+"""Checkpoints: written whole or not at all, checked when read, resumed at the step of the save.
+
+distilbert_agnews.pt is the trained model, which is served; last.pt is what an unfinished run needs
+to resume. The file that each of them replaces stays beside it as *.previous.pt.
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MODEL, LAST = "distilbert_agnews.pt", "last.pt"
+LAST_KEYS = ("model", "optimizer", "scaler", "step", "history", "epoch_sums", "recipe")
+FOLDER = Path(__file__).parent.parent / "checkpoints"
+claimed = []
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be written, read or resumed; one line that names the file."""
+
+
+# Files
+
+
+def temporary_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")  # in the same folder: a rename must not copy
+
+
+def previous_path(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}.previous")
+
+
+def keep_previous(path: Path) -> None:
+    """Gives the file at `path` a second name, so that there is always a whole one at `path`."""
+    if path.exists():
+        previous_path(path).unlink(missing_ok=True)
+        try:
+            os.link(path, previous_path(path))
+        except OSError:  # a file system without hard links
+            os.replace(path, previous_path(path))
+
+
+@contextmanager
+def hold_signals():
+    """Signals that come inside take effect at its end.
+
+    Blocking them would not do: the kernel hands a signal to any of torch's other threads, and
+    Python then runs the handler in the main thread all the same.
+    """
+    held, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()  # handlers belong to the main thread
+    before = {n: signal.signal(n, lambda number, frame: held.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in held:
+            signal.raise_signal(number)
+
+
+@hold_signals()
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Writes all of `state` or nothing; what was at `path` becomes *.previous.pt."""
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+        keep_previous(path)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # so that the renames survive a power cut, too
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or "the disk is full or cannot be written"
+        raise CheckpointError(
+            f"cannot save {path}: {reason}; what was there is unchanged"
+        ) from None
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass
+
+
+def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
+    """What `save_checkpoint` wrote, on the CPU. Runs no code that the file may hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # what torch.save writes
+            intact = archive.testzip() is None  # compares checksums, which torch.load ignores
+        state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}; train one first") from None
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # many kinds: not a zip file, a pickle that wants to run code
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path} is corrupted or not a DistriNews checkpoint; delete it or train again"
+        )
+    if missing := [key for key in keys if key not in state]:
+        raise CheckpointError(
+            f"{path} lacks {', '.join(missing)}: another version of DistriNews wrote it; delete it "
+            "or train again"
+        )
+    return state
+
+
+def claim_folders(args) -> None:
+    """Checks that all that the run will write can be written, and locks its checkpoint folder.
+
+    The kernel frees the lock when the process ends, however it ends.
+    """
+    folders = [args.checkpoint_dir, args.checkpoint_dir / "tokenizer", args.tensorboard]
+    for folder in filter(None, [*folders, args.report and args.report.parent]):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from None
+    file = open(args.checkpoint_dir / ".lock", "a+")
+    claimed.append(file)  # closing it would free the lock
+    until = time.monotonic() + 10  # a run that was told to stop may still be saving
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                raise CheckpointError(
+                    f"{args.checkpoint_dir} is in use by {file.read().strip() or 'another run'}; "
+                    "wait for it, or use another --checkpoint-dir"
+                ) from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
+
+
+def release_folder(folder: Path) -> None:
+    """Removes last.pt, what stands beside it, and the lock: nothing is left to resume."""
+    delete_last(folder)
+    (folder / ".lock").unlink(missing_ok=True)
+
+
+def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> None:
+    """Saves the model that is served: weights, their shape, labels, metrics and origin."""
+    path = folder / MODEL
+    before = f"; the model before it is {previous_path(path)}" if path.exists() else ""
+    try:
+        from transformers import AutoTokenizer  # here: it takes seconds, and others wait for none
+
+        AutoTokenizer.from_pretrained(backbone).save_pretrained(folder / "tokenizer")
+        tokenizer_file = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise CheckpointError(f"cannot save {folder / 'tokenizer'}: {error}") from None
+    metrics = ("test_loss", "test_accuracy", "test_samples", "val_samples")
+    metrics = {key: record[key] for key in metrics}
+    metrics |= {key: record["epochs"][-1][key] for key in ("val_loss", "val_accuracy")}
+    origin = (
+        "data data_fingerprint model git_commit versions world_size seed precision lr warmup "
+        "global_batch_size total_steps train_samples host command"
+    ).split()
+    state = {key: record[key] for key in ("config", "labels", "max_length")}
+    state |= {
+        "model": model.state_dict(),
+        "metrics": metrics,
+        "tokenizer_sha256": hashlib.sha256(tokenizer_file).hexdigest(),
+        "provenance": {key: record[key] for key in origin} | {"launcher": launcher_id()},
+    }
+    save_checkpoint(state, path)
+    print(f"saved {path}{before}; serve it with: uvicorn inference.app:app", flush=True)
+
+
+# Resuming
+
+
+def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -> dict:
+    """All that decides what is trained. A run resumes with an equal recipe, but for --precision.
+
+    The number of processes and the micro-batch are not part of it: they change rounding alone.
+    """
+    weights = hashlib.sha256(repr(model.config).encode())
+    for parameter in model.parameters():
+        weights.update(parameter.detach().cpu().numpy())
+    names = "max_length global_batch_size lr warmup dropout epochs max_steps seed"
+    flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names.split()}
+    flags |= {"the training data": data_fingerprint, "--model": weights.hexdigest()[:16]}
+    return flags | {"--precision": precision}
+
+
+def save_last(args, recipe: dict, trainer_state: dict, step: int, history, epoch_sums) -> None:
+    """Saves all that the rest of the run depends on."""
+    state = {name: part.state_dict() for name, part in trainer_state.items()}
+    state |= {"step": step, "history": history, "epoch_sums": epoch_sums, "recipe": recipe}
+    save_checkpoint(state, args.checkpoint_dir / LAST)
+
+
+def delete_last(folder: Path) -> None:
+    path = folder / LAST
+    for old in (path, previous_path(path), temporary_path(path)):
+        old.unlink(missing_ok=True)
+
+
+def read_last(path: Path, recipe: dict) -> dict | None:
+    """The state in last.pt, else in the save before it; None if there is neither."""
+    previous = previous_path(path)
+    if not path.exists() and not previous.exists():
+        return None
+    try:
+        state = load_checkpoint(path, LAST_KEYS)
+    except CheckpointError as error:
+        if not previous.exists():
+            raise
+        print(f"warning: {error}; resuming from the save before it, {previous}", flush=True)
+        path, state = previous, load_checkpoint(previous, LAST_KEYS)
+    saved = state["recipe"]
+    changed = [n for n in recipe if n != "--precision" and saved.get(n) != recipe[n]]
+    if changed:
+        changes = ", ".join(f"{n} (was {saved.get(n)}, now {recipe[n]})" for n in changed)
+        raise CheckpointError(
+            f"{path} is an unfinished run with another recipe: {changes}; finish that run with its "
+            "own flags, or start over with --fresh"
+        )
+    return state
+
+
+def launcher_id() -> str:
+    """The torchrun that started this process; the same after torchrun restarts the ranks."""
+    return f"{platform.node()} {os.getppid()}"
+
+
+def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
+    """(step, history, epoch_sums) of the run that last.pt holds, else of a new one.
+
+    `epoch_sums` are the loss, correct rows, rows and seconds of the epoch so far. Every rank calls
+    it: rank 0 reads and sends the state to the others, which may be on a host without the file.
+    Ranks that torchrun restarted resume, even with --fresh.
+    """
+    folder, state = args.checkpoint_dir, None
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    distributed = dist.is_initialized()
+    if not distributed or dist.get_rank() == 0:
+        if args.fresh and not restarted:
+            delete_last(folder)
+        state = read_last(folder / LAST, recipe)
+        if state is None and restarted and (folder / MODEL).exists():
+            provenance = load_checkpoint(folder / MODEL, ("provenance",))["provenance"]
+            state = "finished" if provenance["launcher"] == launcher_id() else None
+        elif state:
+            before, now = state["recipe"]["--precision"], recipe["--precision"]
+            change = f", in {now} instead of {before}" if now != before else ""
+            print(f"resuming from {folder / LAST} at step {state['step']}{change}", flush=True)
+    if distributed:
+        box = [state]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        state = box[0]
+    if state == "finished":
+        dist.barrier()
+        sys.exit(0)  # killed between its last save and its end: nothing is left to do
+    if state is None:
+        return 0, {"epochs": [], "curve": [], "resumed_at": []}, torch.zeros(4, dtype=torch.float64)
+    for name, part in trainer_state.items():
+        if name != "scaler" or (part.is_enabled() and state[name]):  # empty unless both are fp16
+            part.load_state_dict(state[name])
+    state["history"]["resumed_at"].append(state["step"])
+    return state["step"], state["history"], state["epoch_sums"]

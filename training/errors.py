@@ -1,0 +1,119 @@
+"""How a run ends early: errors in one line, stop signals, the death of torchrun."""
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def print_once(text: str) -> None:
+    """Prints on rank 0 alone, above the progress bar."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
+
+def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
+    """(one line for an error that a user can cause, whether another process caused it)."""
+    text = str(error)
+    if isinstance(error, kinds):
+        return text, False
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return "out of memory; use a smaller --micro-batch-size", False
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}", False
+    if not isinstance(error, RuntimeError) or not re.search("gloo|nccl|connection", text, re.I):
+        return None, False
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        line = (
+            f"another rank did not reach a collective within {os.environ.get('TIMEOUT', 600)} s: "
+            "it hangs, or the network between the hosts is down"
+        )
+    else:
+        line = "another process exited"
+    return f"{line}; the same command resumes from the last save", True
+
+
+@contextmanager
+def one_line_errors(*kinds: type[Exception]):
+    """Prints an error that a user can cause as one line, once, and exits with status 1.
+
+    When one rank fails, the collectives of the others fail too, and torchrun ends them within
+    seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and a rank that fails
+    because another one did after 6 s: what is read is the cause.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_once("stopped at once; the same command resumes from the last save")
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:
+        line, caused_elsewhere = explain(error, kinds)
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if under_torchrun and (caused_elsewhere or os.environ["LOCAL_RANK"] != "0"):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(6 if caused_elsewhere else 3)
+        with tqdm.external_write_mode():  # removes the progress bar
+            text = f"error: {line}" if line else "".join(traceback.format_exception(error))
+            print(text.rstrip(), file=sys.stderr, flush=True)
+        if isinstance(error, kinds) and "LAUNCHER_PID" in os.environ:
+            # a restart would meet the same error: torchrun.py ends all ranks at this signal
+            os.kill(int(os.environ["LAUNCHER_PID"]), signal.SIGUSR2)
+        os._exit(1)  # an orderly exit can wait for ranks that are gone
+
+
+def note_stop_signals() -> list[int]:
+    """From now on a stop signal only adds its number to the returned list.
+
+    The training loop finishes its step, saves and exits. A second Ctrl-C ends the process at once.
+    """
+    received, first_at = [], 0.0
+
+    def note(number: int, frame) -> None:
+        nonlocal first_at
+        if not received:
+            received.append(number)
+            first_at = time.monotonic()
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                name = signal.Signals(number).name
+                text = f"\n{name}: saving after this step (Ctrl-C again: end without saving)\n"
+                os.write(1, text.encode())  # print() may itself have been interrupted
+        # torchrun passes a second Ctrl-C on as SIGTERM, and its death sends SIGINT. Within a second
+        # it is the same event: the kernel, and Slurm, can send it twice.
+        elif signal.SIGINT in (received[0], number) and time.monotonic() - first_at > 1:
+            raise KeyboardInterrupt
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, note)
+    return received
+
+
+def exit_stopped(received: list[int], message: str, fresh: bool) -> None:
+    """Ends the process with 128 + the signal's number, as a shell would report it."""
+    without = " without --fresh" * fresh
+    print_once(f"{message}; the same command{without} resumes from there")
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 has saved
+    os._exit(128 + (received or [signal.SIGTERM])[0])  # another rank may be the one that got it
+
+
+def end_with_launcher() -> None:
+    """On Linux, has the kernel send this rank SIGINT when torchrun dies, even by SIGKILL.
+
+    Otherwise the rank would train on, unseen, beside the run that is started next.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ.get("LAUNCHER_PID", os.getppid())):
+            os._exit(1)  # torchrun died before the request

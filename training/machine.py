@@ -1,0 +1,125 @@
+"""The machine a run is on: its cores, its memory, whether it reaches the Hub, its name."""
+
+import ctypes
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def cores() -> int:
+    """CPU cores that this process may use: its affinity, and its container's CPU quota."""
+    allowed = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return allowed
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", path.lstrip("/"))
+        for level in (folder, *folder.parents):  # every enclosing group limits it as well
+            try:
+                if controllers:
+                    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                    quota, period = ((level / name).read_text() for name in files)
+                else:
+                    quota, period = (level / "cpu.max").read_text().split()
+                if quota.strip() != "max" and int(quota) > 0:
+                    allowed = min(allowed, math.ceil(int(quota) / int(period)))
+            except (OSError, ValueError):
+                continue
+    return max(1, allowed)
+
+
+def tune_cpu() -> None:
+    """Uses the cores that are allowed, keeps freed memory, and keeps few oneDNN kernels.
+
+    Every step frees and allocates its activations again; memory that went back to the kernel has
+    to be cleared, page by page. oneDNN caches a kernel for each input shape, and its 1,024 kernels
+    would fragment the heap that is kept.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it
+        torch.set_num_threads(cores())
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no glibc, nothing to tune
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def hub_answers(seconds: float = 5) -> bool:
+    """Whether the Hugging Face Hub can be reached; if not, its libraries are told to work offline.
+
+    In a thread, since a silent name server blocks for longer than any socket timeout.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return False
+    answers = []
+
+    def ask():
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
+            answers.append(True)
+        except urllib.error.HTTPError:  # also an answer
+            answers.append(True)
+        except (OSError, ValueError):
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported, later
+    return bool(answers)
+
+
+def host(device: torch.device) -> str:
+    """The machine in a few words: its GPU, or its CPU and the cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {cores()} core{'s' * (cores() > 1)}"
+
+
+def versions() -> dict[str, str]:
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {"python": platform.python_version(), **packages, "os": platform.system()}
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with -dirty where tracked files were changed; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """MiB: on a GPU the most that tensors took, else the most that this process held resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

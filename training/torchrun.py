@@ -1,0 +1,49 @@
+"""torchrun, which run_ddp.sh starts; a failed run ends with its cause and the rank's exit status.
+
+torchrun is `torch.distributed.run.main`. When a rank fails, torchrun logs a summary and a traceback
+of its own below the line that the rank has printed, and exits with 1.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+
+def main() -> int | str:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    os.environ["LAUNCHER_PID"] = str(os.getpid())  # see end_with_launcher in errors.py
+    quiet = not {"LOGLEVEL", "TORCH_LOGS", "TORCH_CPP_LOG_LEVEL"} & os.environ.keys()
+    if quiet:
+        logging.disable(logging.ERROR)
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # torch reads it when it is imported
+    from torch.distributed import DistError, run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks log as usual
+    try:
+        run.main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = " (by the kernel, if memory ran out)" if name == "SIGKILL" else ""
+            print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+        return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
+    except SignalException as error:
+        # SIGUSR2 is from a rank that has printed an error which a restart would repeat
+        return 1 if error.sigval == signal.SIGUSR2 else 128 + error.sigval
+    except (DistError, RendezvousError) as error:
+        cause = str(error.__cause__ or error).splitlines()[0].rstrip(".")
+        return (
+            f"error: the hosts did not find each other ({cause}); expected: MASTER_ADDR is the "
+            "first host, MASTER_PORT is free there, the same command runs on every host"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
