@@ -1,28 +1,31 @@
-# everything in .venv, made on first use
+# everything runs in .venv, which is made on first use; PYTHON=python3.12 makes one with another Python
 PYTHON ?= python3
 PORT ?= 7860
 BIN := .venv/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)
+INSTALLED := .venv/installed-$(VERSION)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test serve lint bench faults kaggle report
 
-demo: .venv/installed
+demo: $(INSTALLED)
 	bash training/run_ddp.sh --data sample --model packaged --epochs 6 --global-batch-size 16 --lr 2e-4
 	PORT=$(PORT) bash inference/try_it.sh
+	@echo "next: source .venv/bin/activate, and any command of the README"
 
-test: .venv/installed-dev
+test: $(INSTALLED)-dev
 	pytest -n 2 --dist loadfile
 
-serve: .venv/installed
+serve: $(INSTALLED)
 	uvicorn inference.app:app --port $(PORT)
 
-lint: .venv/installed-dev
+lint: $(INSTALLED)-dev
 	ruff check .
 
-bench: .venv/installed-dev
+bench: $(INSTALLED)-dev
 	python -m benchmarks.bench_training $(ARGS)
 
-faults: .venv/installed-dev
+faults: $(INSTALLED)-dev
 	python -m tests.faults.kill --out benchmarks/results/faults_kill.json
 	python -m tests.faults.corrupt --out benchmarks/results/faults_corrupt.json
 	python -m tests.faults.serve --out benchmarks/results/faults_serve.json
@@ -30,15 +33,19 @@ faults: .venv/installed-dev
 kaggle:
 	$(PYTHON) -m benchmarks.kaggle.bundle
 
-report: .venv/installed-dev
+report: $(INSTALLED)-dev
 	python -m benchmarks.report
 
-.venv/installed: requirements.txt requirements-offline.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements-offline.txt
-	touch $@
+$(INSTALLED): requirements.txt requirements-offline.txt constraints.txt
+	@case "$(VERSION)" in 3.1[1-9]) ;; *) echo "error: Python 3.11 or newer is needed, and \
+	$(PYTHON) has version: $(VERSION); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1;; esac
+	@echo "installing into .venv: 1.7 GB with PyTorch's CPU build, 5.4 GB with CUDA's libraries"
+	@rm -f .venv/installed-*
+	@[ -x $(BIN)/python$(VERSION) ] || PATH="$${PATH#*:}" $(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install -r requirements.txt -c constraints.txt
+	$(BIN)/pip install --no-deps -r requirements-offline.txt
+	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt
-	touch $@
+$(INSTALLED)-dev: $(INSTALLED) requirements-dev.txt
+	$(BIN)/pip install -r requirements-dev.txt -c constraints.txt
+	@touch $@

@@ -41,6 +41,7 @@ def run_script(argv: list[str], cwd: Path, env: dict[str, str], out: str, err: s
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by the fork server
     faulthandler.enable()
+    torch.set_num_threads(1)  # OMP_NUM_THREADS came too late: torch is loaded
     os.environ.clear()
     os.environ |= env
     os.chdir(cwd)

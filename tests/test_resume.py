@@ -1,6 +1,8 @@
 """Interrupted runs lose nothing: pytest tests/test_resume.py (bits: test_one_order.py)"""
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +21,20 @@ def flags(backbone, news, folder, *more):
     return [*map(str, [*common, *more])]
 
 
-@pytest.fixture
-def unfinished(tiny_backbone, news_folder, tmp_path):
-    """The folder of a run that was stopped in step 5."""
-    (rank,) = train(0, flags(tiny_backbone, news_folder, tmp_path / "c"), tmp_path, 143,
-                    STOP_AT_STEP="5")  # fmt: skip
+@pytest.fixture(scope="module")
+def stopped_at_5(tiny_backbone, news_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    run = flags(tiny_backbone, news_folder, folder / "c")
+    (rank,) = train(0, run, folder, 143, STOP_AT_STEP="5")
     assert "saved at step 5; the same command resumes" in rank.stdout
-    assert not (tmp_path / "c" / "distilbert_agnews.pt").exists()
-    return tmp_path / "c"
+    assert not (folder / "c" / "distilbert_agnews.pt").exists()
+    return folder / "c"
+
+
+@pytest.fixture
+def unfinished(stopped_at_5, tmp_path):
+    """The folder of a run that was stopped in step 5."""
+    return shutil.copytree(stopped_at_5, tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -116,16 +124,14 @@ def test_what_cannot_be_written_is_refused_before_the_first_step(
     (tmp_path / "file").write_text("a file, not a folder")
     path = tmp_path / "file" / "below" if flag == "--report" else tmp_path / "file"
     run = flags(tiny_backbone, news_folder, tmp_path / "c", flag, path)
-    command = [sys.executable, ROOT / "training" / "train_single.py", *run]
-    done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment(),
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: cannot write to ") and done.stderr.count("\n") == 1
+    (rank,) = run_ranks(1, [ROOT / "training" / "train_ddp.py", *run], tmp_path)
+    assert rank.status == 1 and rank.stdout == ""
+    assert rank.stderr.startswith("error: cannot write to ") and rank.stderr.count("\n") == 1
 
 
-def start(script, folder, backbone, news, out, *more):
-    """A long run in the background; returns once it has trained an epoch."""
-    run = flags(backbone, news, folder, "--epochs", 2000, "--save-every", 1000000, *more)
+def start(script, folder, backbone, news, out):
+    """A long run in the background; returns its process once it has trained an epoch."""
+    run = flags(backbone, news, folder, "--epochs", 2000, "--save-every", 1000000)
     command = ["bash", ROOT / "training" / "run_ddp.sh", *run]
     if script == "train_single.py":
         command = [sys.executable, ROOT / "training" / script, *run]
@@ -139,8 +145,12 @@ def start(script, folder, backbone, news, out, *more):
     return process
 
 
-@pytest.mark.parametrize("script", ["train_single.py", "run_ddp.sh"])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+# that run_ddp.sh passes each signal on is in test_launch.py
+@pytest.mark.parametrize(
+    "script, name",
+    [("run_ddp.sh", "SIGTERM")]
+    + [("train_single.py", name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")],
+)
 def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(
     tiny_backbone, news_folder, tmp_path, script, name
 ):
@@ -157,16 +167,15 @@ def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(
 
 
 @pytest.mark.parametrize("script", ["train_single.py", "run_ddp.sh"])
-def test_repeated_ctrl_c_ends_at_once_and_leaves_a_whole_last_pt(
+def test_repeated_ctrl_c_ends_soon_and_leaves_a_whole_last_pt(
     tiny_backbone, news_folder, tmp_path, script
 ):
     with open(tmp_path / "out", "w") as out:
         process = start(script, tmp_path / "c", tiny_backbone, news_folder, out)
         for _ in range(5):
-            os.kill(process.pid, signal.SIGINT)
-            time.sleep(0.02)
-            if process.poll() is not None:
-                break
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGINT)
+                time.sleep(0.02)
         assert process.wait(20) == 130
     assert "Traceback" not in (tmp_path / "out").read_text()
     until = time.monotonic() + 10  # the ranks end with torchrun
@@ -178,8 +187,6 @@ def test_repeated_ctrl_c_ends_at_once_and_leaves_a_whole_last_pt(
 
 
 def can_claim(folder) -> bool:
-    import fcntl
-
     with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

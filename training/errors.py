@@ -35,9 +35,10 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
     if not isinstance(error, RuntimeError) or not re.search("gloo|nccl|connection", text, re.I):
         return None, False
     if "timed out" in text.lower() or "timeout" in text.lower():
+        seconds = os.environ.get("TIMEOUT", 600)
         line = (
-            f"another rank did not reach a collective within {os.environ.get('TIMEOUT', 600)} s: "
-            "it hangs, or the network between the hosts is down"
+            f"another rank did not reach a collective within {seconds} s: it hangs, or the network "
+            "between the hosts is down"
         )
     else:
         line = "another process exited"
@@ -49,8 +50,8 @@ def one_line_errors(*kinds: type[Exception]):
     """Prints an error that a user can cause as one line, once, and exits with status 1.
 
     When one rank fails, the collectives of the others fail too, and torchrun ends them within
-    seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and a rank that fails
-    because another one did after 6 s: what is read is the cause.
+    seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and ranks that fail because
+    another one did after 6 and 9 s: what is read is the cause.
     """
     try:
         yield
@@ -60,16 +61,16 @@ def one_line_errors(*kinds: type[Exception]):
     except Exception as error:
         line, caused_elsewhere = explain(error, kinds)
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        if under_torchrun and (caused_elsewhere or os.environ["LOCAL_RANK"] != "0"):
+        if under_torchrun:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(6 if caused_elsewhere else 3)
-        with tqdm.external_write_mode():  # removes the progress bar
+            time.sleep(6 * caused_elsewhere + 3 * (os.environ["LOCAL_RANK"] != "0"))
+        with tqdm.external_write_mode():  # removes the progress bar, which must not come back
             text = f"error: {line}" if line else "".join(traceback.format_exception(error))
             print(text.rstrip(), file=sys.stderr, flush=True)
-        if isinstance(error, kinds) and "LAUNCHER_PID" in os.environ:
-            # a restart would meet the same error: torchrun.py ends all ranks at this signal
-            os.kill(int(os.environ["LAUNCHER_PID"]), signal.SIGUSR2)
-        os._exit(1)  # an orderly exit can wait for ranks that are gone
+            if isinstance(error, kinds) and "LAUNCHER_PID" in os.environ:
+                # a restart would meet the same error: torchrun.py ends all ranks at this signal
+                os.kill(int(os.environ["LAUNCHER_PID"]), signal.SIGUSR2)
+            os._exit(1)  # an orderly exit can wait for ranks that are gone
 
 
 def note_stop_signals() -> list[int]:

@@ -133,7 +133,7 @@ def weights(run: Run) -> dict:
 
 def left_behind(run: Run) -> list[str]:
     files = [path.name for path in (run.folder / "c").iterdir()]
-    kept = {"distilbert_agnews.pt", "tokenizer"}
+    kept = {"distilbert_agnews.pt", "distilbert_agnews.previous.pt", "tokenizer"}
     return sorted({*files} - kept) + [f"process {pid}" for pid in processes(run.mark)]
 
 
