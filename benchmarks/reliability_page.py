@@ -59,8 +59,8 @@ def reliability_page() -> str:
     page += [
         "A disk that fills, turns read-only or forbids writing leaves the old checkpoint whole: "
         "`tests/test_bad_input.py`. When a rank raises, runs out of memory, computes NaN, hangs or "
-        "is killed, all ranks end, with the first cause last: `tests/test_ill_rank.py`. When the "
-        "wire between two hosts is cut, both sides end: `tests/test_two_hosts.py`.", "",
+        "is killed, all ranks end, with the first cause last: `tests/test_faulty_rank.py`. When a "
+        "network partition separates two hosts, both sides end: `tests/test_two_hosts.py`.", "",
         "## Serving", "",
         f"The {serve['model']} backbone, {serve['engine']} engine, texts of {serve['texts']}; "
         "callers share its cores.", "",

@@ -13,19 +13,31 @@ WORDS = {
 COMMON = "the a of in to on for after new over with says as two its from is at will this".split()
 
 
-def make_backbone(folder: Path, dropout: float) -> Path:
-    """A DistilBERT of two layers of width 32, with random weights and a tokenizer of 65 words."""
+def make_backbone(folder: Path, dropout: float, tokenizer: Path | None = None) -> Path:
+    """A DistilBERT of two layers of width 32, with random weights and a tokenizer of 65 words.
+
+    `tokenizer` is a folder with another one.
+    """
     import torch
-    from transformers import BertTokenizerFast, DistilBertConfig, DistilBertForMaskedLM
+    from transformers import (
+        AutoTokenizer,
+        BertTokenizerFast,
+        DistilBertConfig,
+        DistilBertForMaskedLM,
+    )
 
     folder.mkdir(exist_ok=True)
     words = [*COMMON, *(word for line in WORDS.values() for word in line.split())]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    if tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    else:
+        (folder / "vocab.txt").write_text("\n".join(vocab) + "\n")
+        tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = DistilBertConfig(
-        vocab_size=len(vocab), max_position_embeddings=128, dim=32, n_layers=2, n_heads=4,
+        vocab_size=len(tokenizer), max_position_embeddings=128, dim=32, n_layers=2, n_heads=4,
         hidden_dim=64, dropout=dropout, attention_dropout=dropout, seq_classif_dropout=2 * dropout,
     )  # fmt: skip
     DistilBertForMaskedLM(config).save_pretrained(folder)

@@ -289,7 +289,7 @@ def test_without_a_usable_checkpoint_the_server_exits_with_one_line(tmp_path, tr
     file.write_bytes(file.read_bytes()[:-2000])
     for folder, extra, says in (
         (tmp_path / "none", {}, "make demo"),
-        (tmp_path / "cut", {"ENGINE": "torch"}, "is damaged or foreign"),
+        (tmp_path / "cut", {"ENGINE": "torch"}, "is corrupted or not"),
         (tmp_path / "none", {"ENGINE": "tpu"}, "expected auto, torch or onnx"),
     ):
         done = start(folder, **extra)

@@ -154,7 +154,7 @@ def test_numbers_in_prose_have_a_source():
     folders = ("training", "inference", "benchmarks", "tests")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*")
                if path.suffix in (".py", ".sh", ".html")]  # fmt: skip
-    sources += [ROOT / "Dockerfile", *ROOT.glob("requirements*.txt")]
+    sources += [ROOT / "Dockerfile", ROOT / "Makefile", *ROOT.glob("requirements*.txt")]
     for path in sources:
         if path.name != "test_docs.py":
             known |= set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?", path.read_text().replace("_", "")))
@@ -196,7 +196,7 @@ def test_the_lab_lists_its_experiments():
 def test_every_experiment_shows_the_damage():
     said = lab(*EXPERIMENTS)
     for name, right, broken in (
-        ("no-set-epoch", "epoch: [█   ] 100", "epoch: [████] 100, 100, 100, 100"),
+        ("no-set-epoch", "%: [█   ] 100", "%: [████] 100, 100, 100, 100"),
         ("no-sampler", "both ranks see: 0", "both ranks see: 400"),
         ("not-atomic", "60 times: 0", "60 times: "),
         ("padded-evaluation", "of 31: 31", "of 31: 32"),

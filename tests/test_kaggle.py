@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from ranks import ROOT, environment
+from stand_ins import make_backbone
 
 from benchmarks.kaggle import bundle, run
+from training.model import packaged_backbone
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,9 @@ def test_the_metadata_asks_for_two_t4s_and_the_internet(kernel):
     assert (kernel / "push" / metadata["code_file"]).stat().st_size < 2**20
 
 
-def test_the_kernel_runs_from_preflight_to_pages(kernel, tiny_backbone):
+def test_the_kernel_runs_from_preflight_to_pages(kernel, tmp_path):
+    # the sample's words need a real tokenizer
+    tiny_backbone = make_backbone(tmp_path / "tiny", 0.1, tokenizer=packaged_backbone())
     working = kernel / "working"
     shutil.copy(kernel / "push" / "kernel.py", working / "script.py")
     env = environment(CUDA_VISIBLE_DEVICES="")

@@ -34,15 +34,11 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         return f"{error.filename}: {error.strerror}", False
     if not isinstance(error, RuntimeError) or not re.search("gloo|nccl|connection", text, re.I):
         return None, False
+    cause = "another process exited"
     if "timed out" in text.lower() or "timeout" in text.lower():
-        seconds = os.environ.get("TIMEOUT", 600)
-        line = (
-            f"another rank did not reach a collective within {seconds} s: it hangs, or the network "
-            "between the hosts is down"
-        )
-    else:
-        line = "another process exited"
-    return f"{line}; the same command resumes from the last save", True
+        cause = f"another rank did not reach a collective within {os.environ.get('TIMEOUT', 600)} s"
+        cause += ": it hangs, or the network between the hosts is down"
+    return f"{cause}; the same command resumes from the last save", True
 
 
 @contextmanager
@@ -64,12 +60,15 @@ def one_line_errors(*kinds: type[Exception]):
         if under_torchrun:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(6 * caused_elsewhere + 3 * (os.environ["LOCAL_RANK"] != "0"))
+        launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))  # see torchrun.py
+        if os.getppid() != launcher:
+            os._exit(1)  # another rank has told the cause, and the run has ended
         with tqdm.external_write_mode():  # removes the progress bar, which must not come back
             text = f"error: {line}" if line else "".join(traceback.format_exception(error))
             print(text.rstrip(), file=sys.stderr, flush=True)
             if isinstance(error, kinds) and "LAUNCHER_PID" in os.environ:
                 # a restart would meet the same error: torchrun.py ends all ranks at this signal
-                os.kill(int(os.environ["LAUNCHER_PID"]), signal.SIGUSR2)
+                os.kill(launcher, signal.SIGUSR2)
             os._exit(1)  # an orderly exit can wait for ranks that are gone
 
 

@@ -4,14 +4,16 @@ torchrun is `torch.distributed.run.main`. When a rank fails, torchrun logs a sum
 of its own below the line that the rank has printed, and exits with 1.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+
 import logging
 import os
-import signal
 import sys
 
 
 def main() -> int | str:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see end_with_launcher in errors.py
     quiet = not {"LOGLEVEL", "TORCH_LOGS", "TORCH_CPP_LOG_LEVEL"} & os.environ.keys()
     if quiet:
@@ -42,6 +44,11 @@ def main() -> int | str:
             f"error: the hosts did not find each other ({cause}); expected: MASTER_ADDR is the "
             "first host, MASTER_PORT is free there, the same command runs on every host"
         )
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # the run has ended: one more Ctrl-C changes nothing
     return 0
 
 

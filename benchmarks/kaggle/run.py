@@ -90,7 +90,7 @@ def main() -> None:
     (RESULTS / "kaggle_preflight.json").write_text(json.dumps(checked | {"gpus": gpus}, indent=1))
 
     model, speed = args.model or "distilbert-base-uncased", ["--minutes", "30"]
-    data = ["--data", "sample", "--epochs", "1"] if args.quick else []
+    data = ["--data", "sample", "--epochs", "1", "--global-batch-size", "16"] if args.quick else []
     if args.quick:
         speed = ["--quick", *(["--model", args.model] if args.model else [])]
     flags = ["--model", model, *data, "--fresh", "--checkpoint-dir"]
