@@ -36,8 +36,9 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         return None, False
     cause = "another process exited"
     if "timed out" in text.lower() or "timeout" in text.lower():
-        cause = f"another rank did not reach a collective within {os.environ.get('TIMEOUT', 600)} s"
-        cause += ": it hangs, or the network between the hosts is down"
+        seconds = os.environ.get("TIMEOUT", 600)
+        cause = f"another rank did not reach a collective within {seconds} s: it hangs, or the "
+        cause += "network between the hosts is down"
     return f"{cause}; the same command resumes from the last save", True
 
 
