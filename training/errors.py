@@ -47,8 +47,8 @@ def one_line_errors(*kinds: type[Exception]):
     """Prints an error that a user can cause as one line, once, and exits with status 1.
 
     When one rank fails, the collectives of the others fail too, and torchrun ends them within
-    seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and ranks that fail because
-    another one did after 6 and 9 s: what is read is the cause.
+    seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and ranks that fail
+    because another one did after 6 and 9 s: what is read is the cause.
     """
     try:
         yield
