@@ -1,6 +1,7 @@
 """What DDP promises, on real processes over gloo: pytest tests/test_ddp.py"""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def test_ranks_train_on_disjoint_rows_in_another_order_every_epoch(two_ranks):
 def test_only_rank_0_prints_and_writes(two_ranks):
     (zero, one), folder = two_ranks
     assert "epoch 2" in zero.stdout and "samples_per_second" in zero.stderr
+    assert len(re.findall(r"^communication: \d+% of a step's", zero.stdout, re.MULTILINE)) == 1
     assert (one.stdout, one.stderr) == ("", "")
     assert {path.name for path in (folder / "c").iterdir()} == {"distilbert_agnews.pt", "tokenizer"}
     assert len(list((folder / "runs").iterdir())) == 1

@@ -198,7 +198,7 @@ def test_every_experiment_shows_the_damage():
     for name, right, broken in (
         ("no-set-epoch", "%: [█   ] 100", "%: [████] 100, 100, 100, 100"),
         ("no-sampler", "both ranks see: 0", "both ranks see: 400"),
-        ("not-atomic", "60 times: 0", "60 times: "),
+        ("not-atomic", "30 times: 0", "30 times: "),
         ("padded-evaluation", "of 31: 31", "of 31: 32"),
         ("no-averaging", "] 0 to 0", "] 0."),
         ("equal-seeds", "treat alike, %: ", "treat alike, %: 100"),

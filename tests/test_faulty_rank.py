@@ -5,7 +5,10 @@ import sys
 import time
 
 import pytest
+import torch
 from ranks import ROOT, environment
+
+import errors
 
 
 @pytest.mark.parametrize(
@@ -14,6 +17,7 @@ from ranks import ROOT, environment
         ("exception", "KeyError: 'a bug on one rank'"),
         ("nan", "error: grad_norm is nan at step 3; use a lower --lr"),
         ("memory", "error: out of memory; use a smaller --micro-batch-size"),
+        ("hang at start", "error: the first all-reduce did not end within 10 s; on GPUs try NCCL_"),
         ("hang", "error: another rank did not reach a collective within 10 s: it hangs, or "),
         ("killed", "error: rank 1 was killed by SIGKILL"),
     ],
@@ -35,3 +39,28 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
     assert last in done.stderr.strip().splitlines()[-1], done.stderr
     assert "another process exited" not in done.stderr
     assert done.stderr.count("error: ") <= 1
+
+
+@pytest.mark.parametrize(
+    "text, line, caused_elsewhere",
+    [
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled cuda error, NCCL version 2.27.5\n"
+            "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+            "Cuda failure 'invalid argument'",
+            "NCCL failed (Cuda failure 'invalid argument'); on GPUs try NCCL_CUMEM_HOST_ENABLE=0, ",
+            False,
+        ),
+        (
+            "NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error\n"
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process "
+            "exiting prematurely.",
+            "another process exited; ",
+            True,
+        ),
+        ("[/gloo/transport/tcp/pair.cc] Connection closed by peer", "another process exited", True),
+    ],
+)
+def test_an_error_of_nccl_is_told_apart_from_a_process_that_is_gone(text, line, caused_elsewhere):
+    said, elsewhere = errors.explain(torch.distributed.DistBackendError(text), ())
+    assert said.startswith(line) and elsewhere == caused_elsewhere

@@ -20,6 +20,7 @@ def kernel(tmp_path_factory):
     (kaggle / "working").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KAGGLE_USERNAME", "someone")
+        patch.setenv("HOME", str(kaggle))  # where no token is
         bundle.main(kaggle / "push")
     return kaggle
 
@@ -30,6 +31,19 @@ def test_the_metadata_asks_for_two_t4s_and_the_internet(kernel):
     assert metadata["machine_shape"] == "NvidiaTeslaT4"  # this name means two of them
     assert metadata["enable_internet"] is True and metadata["is_private"] is True
     assert (kernel / "push" / metadata["code_file"]).stat().st_size < 2**20
+
+
+def test_a_push_under_another_name_than_the_tokens_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
+    with pytest.raises(SystemExit, match="no Kaggle account: set KAGGLE_USERNAME"):
+        bundle.user()
+    (tmp_path / ".kaggle").mkdir()
+    (tmp_path / ".kaggle" / "kaggle.json").write_text('{"username": "owner", "key": "0"}')
+    assert bundle.user() == "owner"
+    monkeypatch.setenv("KAGGLE_USERNAME", "someone")
+    with pytest.raises(SystemExit, match="KAGGLE_USERNAME is someone, but .* belongs to owner"):
+        bundle.user()
 
 
 def test_the_kernel_runs_from_preflight_to_pages(kernel, tmp_path):

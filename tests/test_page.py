@@ -15,7 +15,7 @@ import torch
 from ranks import ROOT
 from server import server as api
 
-import utils
+import checkpoint
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -298,7 +298,7 @@ def test_a_model_of_the_sample_is_called_a_demonstration(trained, page, tmp_path
     path = tmp_path / "c" / "distilbert_agnews.pt"
     state = torch.load(path)
     state["provenance"]["data"] = "sample"
-    utils.save_checkpoint(state, path)
+    checkpoint.save_checkpoint(state, path)
     with api(tmp_path / "c", ENGINE="torch") as server:
         assert page.open(server).facts()["Trained on"] == "sample"
         said = page.one("#model").text

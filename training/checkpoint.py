@@ -275,7 +275,7 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
         dist.broadcast_object_list(box, device=torch.device("cpu"))
         state = box[0]
     if state == "finished":
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # a barrier on the CPU
         sys.exit(0)  # killed between its last save and its end: nothing is left to do
     if state is None:
         return 0, {"epochs": [], "curve": [], "resumed_at": []}, torch.zeros(4, dtype=torch.float64)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+NCCL_REMEDY = "on GPUs try NCCL_CUMEM_HOST_ENABLE=0, then NCCL_P2P_DISABLE=1 as well"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -34,6 +36,8 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         return f"{error.filename}: {error.strerror}", False
     if not isinstance(error, RuntimeError) or not re.search("gloo|nccl|connection", text, re.I):
         return None, False
+    if "NCCL error" in text and "ncclRemoteError" not in text:  # remote: the other end has gone
+        return f"NCCL failed ({text.strip().splitlines()[-1]}); {NCCL_REMEDY}", False
     cause = "another process exited"
     if "timed out" in text.lower() or "timeout" in text.lower():
         seconds = os.environ.get("TIMEOUT", 600)
@@ -73,6 +77,28 @@ def one_line_errors(*kinds: type[Exception]):
             os._exit(1)  # an orderly exit can wait for ranks that are gone
 
 
+def probe_all_reduce(device: torch.device) -> None:
+    """One all-reduce, which ends the process with one line if it hangs for a minute.
+
+    All ranks have come here at about the same time, so only the transport can be the cause. Later,
+    a rank may be slow for good reasons, and the time-out of a collective is longer.
+    """
+    seconds, finished = min(60, float(os.environ.get("TIMEOUT", 60))), threading.Event()
+
+    def watch() -> None:
+        if not finished.wait(seconds):
+            text = f"the first all-reduce did not end within {seconds:.0f} s; {NCCL_REMEDY}"
+            if os.environ["LOCAL_RANK"] == "0":
+                os.write(2, f"error: {text}\n".encode())
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    ones = torch.ones(1, device=device)
+    dist.all_reduce(ones)
+    assert ones.item() == dist.get_world_size()  # item() waits for the GPU
+    finished.set()
+
+
 def note_stop_signals() -> list[int]:
     """From now on a stop signal only adds its number to the returned list.
 
@@ -105,7 +131,7 @@ def exit_stopped(received: list[int], message: str, fresh: bool) -> None:
     without = " without --fresh" * fresh
     print_once(f"{message}; the same command{without} resumes from there")
     if dist.is_initialized():
-        dist.barrier()  # rank 0 has saved
+        dist.all_reduce(torch.zeros(1))  # a barrier on the CPU: rank 0 has saved
     os._exit(128 + (received or [signal.SIGTERM])[0])  # another rank may be the one that got it
 
 

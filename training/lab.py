@@ -109,18 +109,21 @@ def not_atomic(rank: int, broken: bool) -> dict:
 
     save_checkpoint writes a temporary file and renames it.
     """
-    lab, bad = Lab(rank), 0
-    path = Path(both(tempfile.mkdtemp() if rank == 0 else None)[0]) / "model.pt"
-    for _ in range(60):
-        if rank == 0:
-            save = torch.save if broken else checkpoint.save_checkpoint
-            save({"model": lab.raw_model.state_dict()}, path)
-        elif path.exists():
-            try:
-                torch.load(path)
-            except Exception:  # half a file fails in many ways
-                bad += 1
-    return {"reads that failed while rank 0 wrote 60 times": sum(both(bad))}
+    state = {"weights": torch.zeros(2_000_000)}
+    folder = Path(both(tempfile.mkdtemp() if rank == 0 else None)[0])
+    path, done, failed = folder / "model.pt", folder / "done", 0
+    if rank == 0:
+        for _ in range(30):
+            torch.save(state, path) if broken else checkpoint.save_checkpoint(state, path)
+        done.touch()
+    while rank == 1 and not done.exists():
+        try:
+            torch.load(path)
+        except FileNotFoundError:
+            pass  # not written yet
+        except Exception:  # half a file fails in many ways
+            failed += 1
+    return {"reads that failed while rank 0 wrote 30 times": sum(both(failed))}
 
 
 def padded_evaluation(rank: int, broken: bool) -> dict:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import comm_hooks
+import comm_share
 import dataset
 import errors
 import machine
@@ -91,8 +92,8 @@ def main() -> None:
     # DDP 1/7: the processes meet. From here on, a collective that one rank calls all must call.
     # NCCL carries tensors between GPUs; gloo carries those on the CPU, such as counts.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-    bound = device if backend == "nccl" else None  # NCCL then connects at once, not in a step
-    dist.init_process_group(backends, timeout=utils.TIMEOUT, device_id=bound)
+    dist.init_process_group(backends, timeout=utils.TIMEOUT)
+    errors.probe_all_reduce(device)
 
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
     raw_model = load_backbone(folder, args.dropout, args.max_length, data.vocab_size).to(device)
@@ -138,6 +139,8 @@ def main() -> None:
     # backward is thrown away: a resumed run then sums exactly like one that was not interrupted.
     ones = torch.ones(1, 8, dtype=torch.long, device=device)
     model(ones, ones).sum().backward()
+    first = next(iter(train_loader))
+    utils.print0(comm_share.report(model, first, autocast, device, grad_accum_steps, args))
     optimizer.zero_grad()
 
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None

@@ -74,7 +74,7 @@ def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict) -> None:
 
 def cleanup_distributed() -> None:
     """Ends the process group once all ranks have come here, rank 0 with everything saved."""
-    dist.barrier()
+    all_reduce_sum([0.0])  # a barrier on the CPU
     time.sleep(0.3)  # gloo's threads may still release tensors; ending earlier was seen to hang
     dist.destroy_process_group()
 

@@ -8,12 +8,12 @@ kaggle kernels output USER/distrinews -p build/kaggle/out     # when it has run
 """
 
 import base64
-import getpass
 import io
 import json
 import lzma
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -49,13 +49,18 @@ sys.exit(subprocess.run(command, cwd=place).returncode)
 
 
 def user() -> str:
-    """The Kaggle account: KAGGLE_USERNAME, else the API token's file, else this machine's user."""
-    if name := os.environ.get("KAGGLE_USERNAME"):
-        return name
+    """The Kaggle account that a push needs: KAGGLE_USERNAME, or that of the API token's file."""
+    named, token = os.environ.get("KAGGLE_USERNAME"), Path.home() / ".kaggle" / "kaggle.json"
     try:
-        return json.loads((Path.home() / ".kaggle" / "kaggle.json").read_text())["username"]
+        owner = json.loads(token.read_text())["username"]
     except (OSError, ValueError, KeyError):
-        return getpass.getuser()
+        owner = None
+    if named and owner and named != owner:
+        sys.exit(f"error: KAGGLE_USERNAME is {named}, but {token} belongs to {owner}; Kaggle would "
+                 "refuse the push: unset the one that is wrong")  # fmt: skip
+    if not (named or owner):
+        sys.exit(f"error: no Kaggle account: set KAGGLE_USERNAME, or put the API token in {token}")
+    return named or owner
 
 
 def git(*args: str) -> str:

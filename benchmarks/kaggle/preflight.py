@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import time
 from statistics import median
 
 import torch
 import torch.distributed as dist
 
+signal.alarm(80)  # ends a rank that hangs: torchrun may be gone, and the card would stay taken
 cuda = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
 if cuda:

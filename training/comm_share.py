@@ -1,0 +1,53 @@
+"""How much of a training step is communication, and which flag would shorten it most."""
+
+import time
+from contextlib import nullcontext
+
+import torch
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from comm_hooks import EMBEDDING_WEIGHT
+from utils import all_reduce_sum
+
+
+def timed_backward(model, batch, autocast, device, context) -> float:
+    """Seconds of one forward and backward in `context`."""
+    input_ids, attention_mask, labels = (tensor.to(device) for tensor in batch)
+    all_reduce_sum([0.0])  # all ranks begin together
+    t0 = time.perf_counter()
+    with autocast(), context:
+        loss = F.cross_entropy(model(input_ids, attention_mask).float(), labels)
+    loss.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - t0
+
+
+def report(model: DistributedDataParallel, batch, autocast, device, grad_accum_steps, args) -> str:
+    """One line: the share of communication in a step, and the lever that would help most.
+
+    Times the backward of one micro-batch with its all-reduce and, under `no_sync`, without. Every
+    rank calls it; the gradients that it leaves are to be thrown away.
+    """
+    both, compute = [], []
+    for _ in range(3):
+        both.append(timed_backward(model, batch, autocast, device, nullcontext()))
+        compute.append(timed_backward(model, batch, autocast, device, model.no_sync()))
+    both, compute = all_reduce_sum([min(both), min(compute)])  # sums: their ratio is the mean's
+    share = max(0.0, both - compute) / (grad_accum_steps * compute + max(0.0, both - compute))
+    sizes = {name: 4 * p.numel() / 1e6 for name, p in model.module.named_parameters()}
+    total = sum(sizes.values())
+    sent, levers = total, []
+    if not args.sparse_embeddings:
+        sent -= sizes[EMBEDDING_WEIGHT]
+        levers.append("--sparse-embeddings")
+    if args.grad_compression == "none":
+        sent /= 2
+        levers.append("--grad-compression fp16")
+    line = f"communication: {share:.0%} of a step's forward and backward"
+    if share < 0.1:
+        return f"{line}; little is left to gain"
+    if not levers:
+        return f"{line}; a larger --global-batch-size needs fewer all-reduces a row"
+    return f"{line}; {' '.join(levers)} would send about {sent:.0f} MB instead of {total:.0f}"
