@@ -57,8 +57,9 @@ def make_checkpoint(folder: Path) -> None:
     origin |= {"data": "none", "model": "random weights"}
     state = {"model": model.state_dict(), "config": asdict(model.config), "labels": list(LABELS),
              "max_length": 128, "metrics": metrics, "provenance": origin}  # fmt: skip
-    checkpoint.save_checkpoint(state, folder / CHECKPOINT)
     load_tokenizer(packaged_backbone()).save_pretrained(folder / "tokenizer")
+    state["tokenizer_sha256"] = sha256(folder / "tokenizer" / "tokenizer.json")
+    checkpoint.save_checkpoint(state, folder / CHECKPOINT)
     export.to_hf(folder, folder / "hf")
     export.write_int8(model, folder / ONNX)
     facts = {"checkpoint_sha256": sha256(folder / CHECKPOINT), "onnx_sha256": sha256(folder / ONNX),

@@ -73,7 +73,8 @@ def torch_engine(folder: Path) -> Engine:
     from training.checkpoint import CheckpointError, load_checkpoint
     from training.model import Config, NewsClassifier
 
-    keys = ("model", "config", "labels", "max_length", "metrics", "provenance")
+    keys = ("model", "config", "labels", "max_length", "metrics", "provenance", "tokenizer_sha256")
+    tokenizer = folder / "tokenizer" / "tokenizer.json"
     try:
         state = load_checkpoint(path, keys)
         model = NewsClassifier(Config(**state["config"])).eval()
@@ -88,7 +89,9 @@ def torch_engine(folder: Path) -> Engine:
             f"{REMEDY}"
         )
     if not all(value.isfinite().all() for value in model.parameters()):
-        raise LoadError(f"{path} holds weights that are no finite numbers; {REMEDY}")
+        raise LoadError(f"{path} holds weights that are not finite; {REMEDY}")
+    if tokenizer.exists() and sha256(tokenizer) != state["tokenizer_sha256"]:
+        raise LoadError(f"{tokenizer} is not the one that {path} was trained with; {REMEDY}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     torch.set_num_threads(threads())

@@ -189,13 +189,17 @@ def corrupt(folder, how):
             state["model"]["classifier.bias"][0] = float("nan")
         elif how == "no tokenizer":
             (folder / "tokenizer").rename(folder / "elsewhere")
+        elif how == "another tokenizer":
+            file = folder / "tokenizer" / "tokenizer.json"
+            file.write_text(file.read_text().replace("goal", "coal"))
         checkpoint.save_checkpoint(state, path)
 
 
 @pytest.mark.parametrize(
     "how",
     ["missing", "truncated", "empty", "runs code", "runs code, with a hash", "one bit", "a list",
-     "another project's", "three classes", "another shape", "NaN", "no tokenizer"],
+     "another project's", "three classes", "another shape", "NaN", "no tokenizer",
+     "another tokenizer"],
 )  # fmt: skip
 def test_a_checkpoint_that_cannot_be_served_is_refused(trained, tmp_path, monkeypatch, how):
     subprocess.run(["cp", "-r", trained, tmp_path / "c"], check=True)

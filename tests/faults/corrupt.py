@@ -38,6 +38,7 @@ class Evil:
 
 def train(folder: Path, backbone: Path, news: Path, *more) -> None:
     flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, *more]
+    flags += ["--global-batch-size", 8]
     command = [sys.executable, ROOT / "training" / "train_single.py", *flags]
     subprocess.run([*map(str, command)], cwd=folder.parent, env=environment(), check=True,
                    capture_output=True)  # fmt: skip
@@ -48,7 +49,7 @@ def unfinished(folder: Path, backbone: Path, news: Path) -> None:
     code = "import checkpoint; checkpoint.release_folder = lambda path: None; "
     code += "import train_single; train_single.main()"
     flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--max-steps", 8,
-             "--save-every", 2, "--epochs", 2]  # fmt: skip
+             "--save-every", 2, "--epochs", 2, "--global-batch-size", 8]  # fmt: skip
     subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=folder.parent,
                    env=environment(), check=True, capture_output=True)  # fmt: skip
 
