@@ -14,13 +14,13 @@ def reliability_page() -> str:
     page = [
         "# What happens when things go wrong", "",
         "Written by `make report` from what `make faults` measured: "
-        + "; ".join(f"`{one['command']}`" for one in (kill, corrupt, serve))
-        + f", on {kill['host']}. Every fault is a real one, on real processes and files.", "",
-        "## Training: killed, and gone on", "",
+        + "; ".join(f"`{one['command']}` on {one['host']}" for one in (kill, corrupt, serve))
+        + ". Every fault is a real one, on real processes and files.", "",
+        "## Training: killed, and resumed", "",
         f"A training of two processes and {kill['steps']} steps that saves every third step; "
-        "SIGKILL to a rank or to torchrun at a random moment, or in the middle of a save. A rank "
-        "is started again by torchrun (`MAX_RESTARTS`); after torchrun's death its ranks end with "
-        "it, and the same command is given again.", "",
+        "SIGKILL to a rank or to torchrun at a random moment, or in the middle of a save. When a "
+        "rank is killed torchrun restarts all ranks (`MAX_RESTARTS`); when torchrun is killed its "
+        "ranks save and end, and the same command is given again.", "",
     ]  # fmt: skip
     names = {"0": "rank 0", "1": "rank 1", "torchrun": "torchrun"}
     groups = {}
@@ -41,8 +41,9 @@ def reliability_page() -> str:
 
     page += [
         "## Checkpoints that lie", "",
-        "A checkpoint ends in the SHA-256 of all before it. Spoiled in these ways, each `last.pt` "
-        "was refused with one line, and the save before it taken; each `distilbert_agnews.pt` was "
+        "A checkpoint is a zip file with a checksum for each tensor, which is compared before the "
+        "file is read. Corrupted in these ways, each `last.pt` was refused with one line, and the "
+        "save before it was used; each `distilbert_agnews.pt` was "
         "refused with one line. No code in a file ran.", "",
     ]  # fmt: skip
     ways = {"truncated": "truncated", "flipped": "bits flipped", "zeroed": "4 KiB of zeros",
