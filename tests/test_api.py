@@ -223,13 +223,13 @@ class Slow(Classifier):
     """The real thing, half a second later."""
 
     def scores(self, rows):
-        time.sleep(0.5)
+        time.sleep(1)
         return super().scores(rows)
 
 
 @pytest.fixture
 def slow(trained, monkeypatch):
-    """A server in this process whose model takes half a second."""
+    """A server in this process whose model takes a second."""
     monkeypatch.setenv("CHECKPOINT_DIR", str(trained))
     monkeypatch.setenv("ENGINE", "torch")
     monkeypatch.setattr(inference.app, "Classifier", Slow)
@@ -269,7 +269,7 @@ def test_overload_gets_429_with_retry_after_and_health_answers_meanwhile(slow):
         if answer.status_code == 429:
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json() == {"detail": "the queue is full"}
-    assert np.median(waits) < 0.1  # one forward pass takes 0.5
+    assert np.median(waits) < 0.1  # one forward pass takes 1
 
 
 # Starting and stopping

@@ -74,10 +74,6 @@ fi
 threads=$(($(usable_cores) / nproc))  # torchrun would set 1, which leaves cores idle on a CPU
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted ranks meet in a new, empty store
-# NCCL's watchdog prints lines of C++ above the one that says what happened
-if [ -z "${NCCL_DEBUG:-}${TORCH_DISTRIBUTED_DEBUG:-}" ]; then
-  export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-FATAL}
-fi
 # torchrun forwards a signal to all ranks and waits while they finish their step and save. SIGUSR1 is
 # Slurm's warning; SIGUSR2 comes from a rank (see torchrun.py); nohup ignores SIGHUP, which we keep.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}

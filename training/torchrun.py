@@ -15,17 +15,22 @@ import sys
 
 def main() -> int | str:
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see end_with_launcher in errors.py
-    quiet = not {"LOGLEVEL", "TORCH_LOGS", "TORCH_CPP_LOG_LEVEL"} & os.environ.keys()
-    if quiet:
+    asked = {
+        "LOGLEVEL",
+        "TORCH_LOGS",
+        "TORCH_CPP_LOG_LEVEL",
+        "TORCH_DISTRIBUTED_DEBUG",
+        "NCCL_DEBUG",
+    }
+    if not asked & os.environ.keys():
         logging.disable(logging.ERROR)
-        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # torch reads it when it is imported
+        # for the ranks, too: NCCL's watchdog prints lines of C++ above the one that tells the cause
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    if quiet:
-        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks log as usual
     try:
         run.main()
     except ChildFailedError as error:
@@ -45,10 +50,11 @@ def main() -> int | str:
             "first host, MASTER_PORT is free there, the same command runs on every host"
         )
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(
-                number, signal.SIG_IGN
-            )  # the run has ended: one more Ctrl-C changes nothing
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # the run has ended: one more changes nothing
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 
