@@ -51,20 +51,22 @@ def interview() -> str:
             f"{1e3 * sparse['sparse']:.0f} ms in place of {1e3 * sparse['dense']:.0f}, with the "
             "same result.",
         "How do you know that DDP trains the same model?":
-            "The gradients of two and of three processes equal those of one process on the whole "
-            "batch to one part in a million, also with accumulation and uneven shares; a test "
-            "holds that. With the same recipe the two final runs reach "
-            f"{single['test_accuracy']:.4f} in one process and {ddp['test_accuracy']:.4f} in two; "
-            "rows and sums come in another order, so the bits differ.",
+            "Step k trains on the same rows at every world size. In fp32 without dropout the "
+            "gradients of two, three and four processes equal those of one to one part in a "
+            "million, also with accumulation, and the loss of every step to 1e-5; "
+            "`tests/test_one_order.py` checks that. Two runs of the first edition, which ordered "
+            f"rows by world size, reach {single['test_accuracy']:.4f} in one process and "
+            f"{ddp['test_accuracy']:.4f} in two.",
         "Do you change the learning rate with the number of GPUs?":
             "Not here: `--global-batch-size` is what a step sees over all processes, and is the "
             f"same for any number of them, so both runs above used lr {ddp['lr']:g}. If the batch "
             "grows with the GPUs it is another recipe, and its learning rate has to be found anew.",
-        "Why DistributedSampler, and why set_epoch?":
-            "All ranks draw the same permutation and take every n-th row of it, each from its own "
-            "rank on; so shares are disjoint, but for the few rows repeated to make them equally "
-            "long. The permutation is a function of seed and epoch; "
-            "without `set_epoch` every epoch has the first one's order.",
+        "Why a sampler of your own, and why set_epoch?":
+            "`DistributedSampler` repeats rows to make shares equal, and step k holds other rows "
+            "at another world size. Its subclass here draws an epoch's order from seed and epoch, "
+            "cuts it into full steps, and gives rank r of n the rows r, r + n, ... of each "
+            "step: disjoint shares of the same rows. Without `set_epoch` every epoch has the first "
+            "one's order.",
         "How do you evaluate on several ranks?":
             "Not with DistributedSampler, which repeats rows until the shares are equal. Each rank "
             "counts over its own rows, however many; the counts are summed over ranks and divided "
@@ -73,8 +75,8 @@ def interview() -> str:
         "A job hangs. Where do you look?":
             "At the collectives: each waits until the last rank has called it. A collective inside "
             "`if rank == 0`, ranks with different numbers of steps, or one rank still preparing "
-            "data do it. Here every collective is on all ranks' path, ranks agree on leaving after "
-            "every step, and a time-out ends all with one line.",
+            "data do it. Here every collective is on all ranks' path, stop signals travel with the "
+            "metrics' all-reduce, and over gloo a time-out ends all with one line.",
         "Can you say beforehand what a second GPU will bring?":
             "Yes, from pieces: forward and backward without communication, the optimizer, the "
             f"all-reduce of each bucket. On {len(off)} settings that it was not calibrated on, "
