@@ -58,7 +58,7 @@ def speed() -> str:
              lambda s: s.script_ratio("single", "trainer_defaults")],
             ["ours over Trainer's best flags", lambda s: s.script_ratio("single", "trainer_best")],
             ["ours over the rate of its matrix products", Speed.gemm_share],
-            ["two DDP processes over two that do not talk",
+            ["two DDP processes over two without communication",
              lambda s: s.script_ratio("ddp", "two_apart")],
             ["DDP's weak speed-up on two devices", lambda s: weak(s, first["batch"])[0]],
             ["our samples/s in one process", lambda s: s.scripts("single")]]  # fmt: skip

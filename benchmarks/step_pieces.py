@@ -99,7 +99,7 @@ class Rank:
     def model(self, setting: dict) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model of a setting and its optimizer, one pair at a time: beside others it is slower.
 
-        lr 0: the work is the same and the weights stay, also on ranks that do not talk.
+        lr 0: the work is the same and the weights stay, also on ranks without communication.
         """
         kind = self.kind(setting)
         if kind not in self.models:

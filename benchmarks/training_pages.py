@@ -390,7 +390,7 @@ def reasons(speed: Speed, micro: int, way: dict[str, float]) -> list[str]:
         f"rank, however few rows it has: {ms(way['update, done by every rank'])} that a second "
         "process does not halve.",
         f"- Half the rows take {ms(way['smaller batches'])} more than half the time of the whole.",
-        f"- Two processes at work that do not talk take "
+        f"- Two processes at work without communication take "
         f"{ms(way['contention for the machine'])} more than one alone: they share the memory, and "
         "on a CPU the caches and the clock too. Less than nothing is noise.",
         f"- Every step ends when its slower rank does: {ms(way['imbalance of the ranks'])}.",
@@ -514,7 +514,7 @@ def ddp_page() -> str:
             guess(rates[1], 0, "", rates), h200),
         row("minutes an epoch of AG News, 114,000 rows", epoch,
             guess(minutes[1], 1, "", minutes), h200),
-        row("over two processes that do not talk",
+        row("over two processes without communication",
             lambda speed: f"**{spread(speed.script_ratio('ddp', 'two_apart'), 2)}**", h200=h200),
         row("peak memory of rank 0, MiB",
             lambda speed: f"**{spread(speed.scripts('ddp', 'peak_memory_mb'), 0)}**", h200=h200),
