@@ -24,13 +24,13 @@ def timed_backward(model, batch, autocast, device, context) -> float:
     return time.perf_counter() - t0
 
 
-def report(model: DistributedDataParallel, batch, autocast, device, grad_accum_steps, args) -> str:
+def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: int, args) -> str:
     """One line: the share of communication in a step, and the lever that would help most.
 
     Times the backward of one micro-batch with its all-reduce and, under `no_sync`, without. Every
     rank calls it; the gradients that it leaves are to be thrown away.
     """
-    both, compute = [], []
+    device, both, compute = next(model.parameters()).device, [], []
     for _ in range(3):
         both.append(timed_backward(model, batch, autocast, device, nullcontext()))
         compute.append(timed_backward(model, batch, autocast, device, model.no_sync()))

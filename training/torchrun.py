@@ -12,17 +12,12 @@ import logging
 import os
 import sys
 
+LOG_VARIABLES = "LOGLEVEL TORCH_LOGS TORCH_CPP_LOG_LEVEL TORCH_DISTRIBUTED_DEBUG NCCL_DEBUG"
+
 
 def main() -> int | str:
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see end_with_launcher in errors.py
-    asked = {
-        "LOGLEVEL",
-        "TORCH_LOGS",
-        "TORCH_CPP_LOG_LEVEL",
-        "TORCH_DISTRIBUTED_DEBUG",
-        "NCCL_DEBUG",
-    }
-    if not asked & os.environ.keys():
+    if not any(name in os.environ for name in LOG_VARIABLES.split()):
         logging.disable(logging.ERROR)
         # for the ranks, too: NCCL's watchdog prints lines of C++ above the one that tells the cause
         os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
@@ -50,10 +45,7 @@ def main() -> int | str:
             "first host, MASTER_PORT is free there, the same command runs on every host"
         )
     finally:
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # the run has ended: one more changes nothing
+        for number in (signal.SIGINT, signal.SIGTERM):  # one more changes nothing now
             signal.signal(number, signal.SIG_IGN)
     return 0
 

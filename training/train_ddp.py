@@ -135,12 +135,11 @@ def main() -> None:
     device_ids = [device] if device.type == "cuda" else None
     model = DistributedDataParallel(raw_model, device_ids, gradient_as_bucket_view=True)
     comm_hooks.register_comm_hook(model, args.grad_compression, args.sparse_embeddings)
-    # After its first backward DDP sorts the buckets, and sums in another order from then on. So one
-    # backward is thrown away: a resumed run then sums exactly like one that was not interrupted.
-    ones = torch.ones(1, 8, dtype=torch.long, device=device)
-    model(ones, ones).sum().backward()
+    # One line says what share of a step is communication. Its timed backwards have a second use:
+    # after the first one DDP reorders its buckets, and sums in another order from then on. So a
+    # resumed run and one that was not interrupted do all their steps in the same order.
     first = next(iter(train_loader))
-    utils.print0(comm_share.report(model, first, autocast, device, grad_accum_steps, args))
+    utils.print0(comm_share.report(model, first, autocast, grad_accum_steps, args))
     optimizer.zero_grad()
 
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
