@@ -18,8 +18,8 @@ NCCL_REMEDY = "on GPUs try NCCL_CUMEM_HOST_ENABLE=0, then NCCL_P2P_DISABLE=1 as 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
-def print_once(text: str) -> None:
-    """Prints on rank 0 alone, above the progress bar."""
+def print0(text: str) -> None:
+    """print() on rank 0 alone, above the progress bar."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         with tqdm.external_write_mode():
             print(text, flush=True)
@@ -57,7 +57,7 @@ def one_line_errors(*kinds: type[Exception]):
     try:
         yield
     except KeyboardInterrupt:
-        print_once("stopped at once; the same command resumes from the last save")
+        print0("stopped at once; the same command resumes from the last save")
         os._exit(128 + signal.SIGINT)
     except Exception as error:
         line, caused_elsewhere = explain(error, kinds)
@@ -129,7 +129,7 @@ def note_stop_signals() -> list[int]:
 def exit_stopped(received: list[int], message: str, fresh: bool) -> None:
     """Ends the process with 128 + the signal's number, as a shell would report it."""
     without = " without --fresh" * fresh
-    print_once(f"{message}; the same command{without} resumes from there")
+    print0(f"{message}; the same command{without} resumes from there")
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # a barrier on the CPU: rank 0 has saved
     os._exit(128 + (received or [signal.SIGTERM])[0])  # another rank may be the one that got it

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import checkpoint
 import utils
 from dataset import LengthGroupedSampler, TokenizedExamples, collate, eval_loader
+from errors import print0
 from model import Config, NewsClassifier
 
 ROWS, BATCH = 400, 16
@@ -250,10 +251,10 @@ def run_rank(rank: int, names: list[str], place: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     for name in names:
         experiment, right, wrong = EXPERIMENTS[name]
-        utils.print0(f"{name}: {one_line(experiment)}\n    - {right}\n    + {wrong}")
+        print0(f"{name}: {one_line(experiment)}\n    - {right}\n    + {wrong}")
         for broken in (False, True):
             for what, value in experiment(rank, broken).items():
-                utils.print0(f"    {'broken' if broken else 'right '}  {what}: {show(value)}")
+                print0(f"    {'broken' if broken else 'right '}  {what}: {show(value)}")
     utils.cleanup_distributed()
 
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dataset import LABELS
+from errors import print0
 from machine import ROOT, git_commit, host, peak_memory_mb, versions
-from utils import UsageError, print0
+from utils import UsageError
 
 CURVE_POINTS = 500
 

@@ -139,7 +139,7 @@ def main() -> None:
     # after the first one DDP reorders its buckets, and sums in another order from then on. So a
     # resumed run and one that was not interrupted do all their steps in the same order.
     first = next(iter(train_loader))
-    utils.print0(comm_share.report(model, first, autocast, grad_accum_steps, args))
+    errors.print0(comm_share.report(model, first, autocast, grad_accum_steps, args))
     optimizer.zero_grad()
 
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 
 class UsageError(Exception):
@@ -39,13 +38,6 @@ def torchrun_ranks() -> tuple[int, int, int]:
     if not all(name in os.environ for name in names):
         raise UsageError("train_ddp.py is started by torchrun: bash training/run_ddp.sh [flags]")
     return tuple(int(os.environ[name]) for name in names[:3])
-
-
-def print0(*args) -> None:
-    """print() on rank 0 alone, above the progress bar."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with tqdm.external_write_mode():
-            print(*args, flush=True)
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
