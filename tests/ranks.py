@@ -4,6 +4,7 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -50,6 +51,11 @@ def run_script(argv: list[str], cwd: Path, env: dict[str, str], out: str, err: s
     runpy.run_path(argv[0], run_name="__main__")
 
 
+def without_gloo(stdout: str) -> str:
+    """Without the lines that gloo's C++ prints there in torch 2.10."""
+    return re.sub(r"^\[Gloo\] Rank .*\n", "", stdout, flags=re.MULTILINE)
+
+
 class Rank:
     """One process: started at once; `collect` waits for it, and fills in what it printed."""
 
@@ -62,7 +68,7 @@ class Rank:
     def collect(self) -> None:
         self.process.join()
         self.status = self.process.exitcode
-        self.stdout, self.stderr = self.out.read(), self.err.read()
+        self.stdout, self.stderr = without_gloo(self.out.read()), self.err.read()
 
 
 def run_ranks(

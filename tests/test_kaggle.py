@@ -64,6 +64,9 @@ def test_the_kernel_runs_from_preflight_to_pages(kernel, tmp_path):
     for name, world_size in (("kaggle_single", 1), ("kaggle_ddp", 2)):
         record = json.loads((results / f"{name}.json").read_text())
         assert record["world_size"] == world_size and record["data"] == "sample"
+    rows = json.loads((results / "kaggle_levers.json").read_text())
+    assert [row["how"] for row in rows] == list(run.LEVERS)
+    assert all(row["samples_per_second"] > 0 for row in rows)
     assert (working / "checkpoints" / "distilbert_agnews.pt").exists()
     assert json.loads((results / "kaggle_preflight.json").read_text())["transport"] == ["gloo"]
     page = (working / "benchmarks" / "ddp_2gpu.md").read_text()

@@ -110,6 +110,7 @@ def test_the_cores_that_may_be_used_are_divided_among_the_processes(launch, tmp_
 
 FRESH_STORE = """
 import os
+import re
 import torch.distributed as dist
 dist.init_process_group("gloo")
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -124,14 +125,18 @@ def test_restarted_ranks_meet_in_an_empty_store(launch):
     process = launch(FRESH_STORE, MAX_RESTARTS="1")
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out
-    assert out.splitlines() == 4 * ["found False"]
+    assert re.findall("found .*", out) == 4 * ["found False"]
 
 
 FAILING = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 print("started", flush=True)
+done = pathlib.Path(__file__).with_suffix("." + os.environ["TORCHELASTIC_RESTART_COUNT"])
 if os.environ["RANK"] == "1":
+    while not done.exists():
+        time.sleep(0.02)
     {}
+done.touch()
 time.sleep(60)
 """
 

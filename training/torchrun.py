@@ -26,6 +26,7 @@ def main() -> int | str:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    sys.unraisablehook = lambda _: None  # a second Ctrl-C can strike in the middle of a finalizer
     try:
         run.main()
     except ChildFailedError as error:

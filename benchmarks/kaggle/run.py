@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -27,6 +28,14 @@ ATTEMPTS = (
     {"NCCL_CUMEM_HOST_ENABLE": "0"},
     {"NCCL_CUMEM_HOST_ENABLE": "0", "NCCL_P2P_DISABLE": "1"},
 )
+BASH = ["bash", "training/run_ddp.sh"]
+LEVERS = {
+    "one GPU": [],
+    "two GPUs, plain DDP": [],
+    "compressed gradients": ["--grad-compression", "fp16"],
+    "sparse embeddings": ["--sparse-embeddings"],
+    "both": ["--grad-compression", "fp16", "--sparse-embeddings"],
+}
 
 
 def run(*command, seconds: float | None = None, **extra: str) -> None:
@@ -71,6 +80,31 @@ def preflight(processes: int) -> dict:
     raise SystemExit("error: no all-reduce works between these devices; see above")
 
 
+def levers(flags: list, gpus: list, quick: bool) -> None:
+    """What one GPU does, two with plain DDP, and two with each way to send less; as a record.
+
+    The scripts themselves at the default global batch, about a minute each. The rate is the median
+    over the curve's points, without the first two, in which kernels are chosen and buckets settle.
+    """
+    steps, report = (4 if quick else 300), ROOT / "runs" / "lever.json"
+    rows = []
+    for how, more in LEVERS.items():
+        one_gpu = how == "one GPU"
+        script = [sys.executable, "training/train_single.py"] if one_gpu else BASH
+        visible = {"CUDA_VISIBLE_DEVICES": "0" if gpus else ""} if one_gpu else {}
+        run(*script, *flags, ROOT / "runs" / "lever", "--max-steps", steps, *more,
+            "--max-eval-samples", 64, "--report", report, **visible)  # fmt: skip
+        record = json.loads(report.read_text())
+        rates = [point["samples_per_second"] for point in record["curve"]]
+        rows.append({"how": how, "flags": " ".join(more), "steps": steps,
+                     "samples_per_second": median(rates[2:]),
+                     "global_batch_size": record["global_batch_size"],
+                     "host": record["host"]})  # fmt: skip
+        speedup = rows[-1]["samples_per_second"] / rows[0]["samples_per_second"]
+        print(f"{how}: {rows[-1]['samples_per_second']:,.0f} samples/s, {speedup:.2f} x one GPU")
+    (RESULTS / "kaggle_levers.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,10 +127,18 @@ def main() -> None:
     speed = ["--model", model, *(["--quick"] if args.quick else ["--minutes", "30"])]
     data = ["--data", "sample", "--epochs", "1", "--global-batch-size", "16"] if args.quick else []
     flags = ["--model", model, *data, "--fresh", "--checkpoint-dir"]
-    run(sys.executable, "training/train_single.py", *flags, args.working / "checkpoints_single",
-        "--report", RESULTS / "kaggle_single.json", CUDA_VISIBLE_DEVICES="0" if gpus else "")
-    run("bash", "training/run_ddp.sh", *flags, args.working / "checkpoints",
+    run(
+        sys.executable,
+        "training/train_single.py",
+        *flags,
+        args.working / "checkpoints_single",
+        "--report",
+        RESULTS / "kaggle_single.json",
+        CUDA_VISIBLE_DEVICES="0" if gpus else "",
+    )
+    run(*BASH, *flags, args.working / "checkpoints",
         "--report", RESULTS / "kaggle_ddp.json")  # fmt: skip
+    levers(flags, gpus, args.quick)
     run(sys.executable, "-m", "benchmarks.bench_training", *speed,
         "--out", RESULTS / "training_speed_kaggle.json")  # fmt: skip
     run(sys.executable, "-m", "benchmarks.report")
