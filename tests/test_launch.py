@@ -3,6 +3,7 @@
 Several hosts are in test_two_hosts.py.
 """
 
+import re
 import shutil
 import signal
 import subprocess
