@@ -95,8 +95,10 @@ def probe_all_reduce(device: torch.device) -> None:
     threading.Thread(target=watch, daemon=True).start()
     ones = torch.ones(1, device=device)
     dist.all_reduce(ones)
-    assert ones.item() == dist.get_world_size()  # item() waits for the GPU
+    total = ones.item()  # waits for the GPU
     finished.set()
+    if total != dist.get_world_size():
+        raise RuntimeError(f"NCCL error: ones on {dist.get_world_size()} ranks add up to {total}")
 
 
 def note_stop_signals() -> list[int]:
