@@ -175,38 +175,3 @@ def test_python_that_stands_alone_runs(page):
     assert alone
     for block in alone:
         subprocess.run([sys.executable, "-c", block], check=True)
-
-
-EXPERIMENTS = ("no-set-epoch", "no-sampler", "not-atomic", "padded-evaluation",
-               "no-averaging", "equal-seeds", "collective-in-if", "no-sync-forgotten",
-               "undivided-accumulation")  # fmt: skip
-
-
-def lab(*words: str) -> str:
-    done = subprocess.run([sys.executable, "training/lab.py", *words], cwd=ROOT, env=environment(),
-                          capture_output=True, text=True, timeout=100)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_lab_lists_its_experiments():
-    assert tuple(line.split()[0] for line in lab().splitlines()) == EXPERIMENTS
-
-
-def test_every_experiment_shows_the_damage():
-    said = lab(*EXPERIMENTS)
-    for name, right, broken in (
-        ("no-set-epoch", "%: [█   ] 100", "%: [████] 100, 100, 100, 100"),
-        ("no-sampler", "both ranks see: 0", "both ranks see: 400"),
-        ("not-atomic", "30 times: 0", "30 times: "),
-        ("padded-evaluation", "of 31: 31", "of 31: 32"),
-        ("no-averaging", "] 0 to 0", "] 0."),
-        ("equal-seeds", "treat alike, %: ", "treat alike, %: 100"),
-        ("collective-in-if", "rank 0 got: a sum of 2", "rank 0 got: Timed out"),
-        ("no-sync-forgotten", "of 4 micro-batches: ", "of 4 micro-batches: "),
-        ("undivided-accumulation", "[████]", "[▁▂▄█]"),
-    ):
-        part = re.search(rf"^{name}: .*\n((?:    .*\n)+)", said, re.MULTILINE)[1]
-        well, ill = re.split("^    broken", part, maxsplit=1, flags=re.MULTILINE)
-        assert right in well and broken in ill, part
-        assert re.findall(": (.*)", well) != re.findall(": (.*)", ill), part

@@ -1,7 +1,8 @@
 """Break DDP yourself: one broken variant beside the right one, on two CPU processes, in seconds.
 
-python training/lab.py              # lists the experiments
+python training/lab.py              # lists the experiments, and offers the tour
 python training/lab.py no-set-epoch
+python training/lab.py tour         # all of them, in the order of the marks in train_ddp.py
 
 Each imports the real code and changes one thing, which is printed as a two-line diff. A small model
 on made-up rows, so that nothing is downloaded; what breaks is the same at any size.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -210,19 +213,65 @@ def undivided_accumulation(rank: int, broken: bool) -> dict:
     return {"norm of the gradient with 1, 2, 4, 8 micro-batches": norms}
 
 
-# experiment, the right line, the broken line
+class HalfUsed(nn.Module):
+    """A model whose forward leaves out a layer, as one with two heads does."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 1), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def unused_parameters(rank: int, broken: bool) -> dict:
+    """DDP 4/7. DDP waits for every parameter's gradient; one that backward leaves out never comes.
+
+    find_unused_parameters searches the graph after every forward, which costs time.
+    """
+    model, steps = DistributedDataParallel(HalfUsed(), find_unused_parameters=not broken), 0
+    try:
+        while steps < 3:
+            model(torch.ones(2, 8)).sum().backward()
+            steps += 1
+        happened = "none"
+    except RuntimeError as error:
+        happened = str(error).split(". ")[0]
+    return {"steps done, of 3": steps, "error": happened}
+
+
+def no_buffer_broadcast(rank: int, broken: bool) -> dict:
+    """DDP 4/7. Gradients are averaged, buffers are not: DDP sends rank 0's before every forward.
+
+    So BatchNorm's running mean holds rank 0's rows alone; SyncBatchNorm averages over all ranks.
+    """
+    norm = nn.BatchNorm1d(8)
+    warnings.simplefilter("ignore", FutureWarning)  # newer releases: forward_sync_buffers
+    model = DistributedDataParallel(norm, broadcast_buffers=not broken)
+    torch.manual_seed(rank)
+    for _ in range(20):
+        model(torch.randn(4, 8)).sum().backward()
+    model.eval()
+    model(torch.zeros(1, 8))
+    zero, one = both(norm.running_mean)
+    return {"distance between the ranks' running means": float((zero - one).norm())}
+
+
+# experiment, the right line, the broken line; in the order of the marks
 EXPERIMENTS = {
     function.__name__.replace("_", "-"): (function, right, broken)
     for function, right, broken in (
-        (no_set_epoch, "sampler.set_epoch(epoch)", "pass"),
         (no_sampler, "num_replicas=world_size, rank=rank", "num_replicas=1, rank=0"),
-        (not_atomic, "checkpoint.save_checkpoint(state, path)", "torch.save(state, path)"),
-        (padded_evaluation, "eval_loader(...)", "DataLoader(..., sampler=DistributedSampler(...))"),
+        (no_set_epoch, "sampler.set_epoch(epoch)", "pass"),
         (no_averaging, "model = DistributedDataParallel(raw_model)", "model = raw_model"),
-        (equal_seeds, "utils.seed_step(seed, step, rank)", "utils.seed_step(seed, step, 0)"),
-        (collective_in_if, "dist.all_reduce(total)", "if rank == 0: dist.all_reduce(total)"),
+        (unused_parameters, "find_unused_parameters=True", "find_unused_parameters=False"),
+        (no_buffer_broadcast, "broadcast_buffers=True", "broadcast_buffers=False"),
         (no_sync_forgotten, "nullcontext() if last else model.no_sync()", "nullcontext()"),
         (undivided_accumulation, "(loss / grad_accum_steps).backward()", "loss.backward()"),
+        (equal_seeds, "utils.seed_step(seed, step, rank)", "utils.seed_step(seed, step, 0)"),
+        (padded_evaluation, "eval_loader(...)", "DataLoader(..., sampler=DistributedSampler(...))"),
+        (collective_in_if, "dist.all_reduce(total)", "if rank == 0: dist.all_reduce(total)"),
+        (not_atomic, "checkpoint.save_checkpoint(state, path)", "torch.save(state, path)"),
     )
 }
 
@@ -252,9 +301,11 @@ def run_rank(rank: int, names: list[str], place: str) -> None:
     for name in names:
         experiment, right, wrong = EXPERIMENTS[name]
         print0(f"{name}: {one_line(experiment)}\n    - {right}\n    + {wrong}")
+        t0 = time.perf_counter()
         for broken in (False, True):
             for what, value in experiment(rank, broken).items():
                 print0(f"    {'broken' if broken else 'right '}  {what}: {show(value)}")
+        print0(f"    took {time.perf_counter() - t0:.1f} s")
     utils.cleanup_distributed()
 
 
@@ -262,20 +313,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXPERIMENTS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"tour, {', '.join(EXPERIMENTS)}")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # how main starts itself twice
     args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in EXPERIMENTS]:
-        sys.exit(f"error: no experiment {unknown[0]}; without a name all are listed")
     if args.rank:
         return run_rank(int(args.rank[0]), args.names, args.rank[1])
+    if unknown := [name for name in args.names if name not in {*EXPERIMENTS, "tour"}]:
+        sys.exit(f"error: no experiment {unknown[0]}; without a name all are listed")
     if not args.names:
         for name, (experiment, _, _) in EXPERIMENTS.items():
             print(f"{name:24}{one_line(experiment)}")
-        return
+        if not sys.stdin.isatty() or input("Enter: take the tour; q: leave ").strip():
+            return
+    names = [*EXPERIMENTS] if args.names in ([], ["tour"]) else args.names
     env = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} | os.environ
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, __file__, *args.names, "--rank"]
+        command = [sys.executable, __file__, *names, "--rank"]
         ranks = [subprocess.Popen([*command, str(r), place], env=env) for r in range(2)]
         sys.exit(max(rank.wait() for rank in ranks))
 
