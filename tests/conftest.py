@@ -27,9 +27,24 @@ def news_folder(tmp_path_factory):
 def trained(tiny_backbone, news_folder, tmp_path_factory):
     """A checkpoint folder as train_single.py leaves it."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, ROOT / "training" / "train_single.py", "--model", tiny_backbone,
-               "--data", news_folder, "--checkpoint-dir", folder / "c", "--lr", "5e-3",
-               "--epochs", 20, "--global-batch-size", 8, "--dropout", 0]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "training" / "train_single.py",
+        "--model",
+        tiny_backbone,
+        "--data",
+        news_folder,
+        "--checkpoint-dir",
+        folder / "c",
+        "--lr",
+        "5e-3",
+        "--epochs",
+        20,
+        "--global-batch-size",
+        8,
+        "--dropout",
+        0,
+    ]
     subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=100)
     return folder / "c"
 
@@ -37,8 +52,16 @@ def trained(tiny_backbone, news_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained, news_folder):
     """`trained` with its int8 files beside it, as export.py writes them."""
-    command = [sys.executable, ROOT / "inference" / "export.py", "--to", "onnx", "--data",
-               news_folder, "--checkpoint-dir", trained]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "inference" / "export.py",
+        "--to",
+        "onnx",
+        "--data",
+        news_folder,
+        "--checkpoint-dir",
+        trained,
+    ]
     env = environment()
     del env["PYTHONPATH"]  # a user has none
     subprocess.run([*map(str, command)], cwd=trained, env=env, check=True, timeout=100)

@@ -35,9 +35,14 @@ class Handler(BaseHTTPRequestHandler):
         found = []
         for path in sorted((repo / below).rglob("*") if recursive else (repo / below).iterdir()):
             content = path.read_bytes() if path.is_file() else b""
-            found.append({"type": "file" if path.is_file() else "directory",
-                          "path": str(path.relative_to(repo)), "size": len(content),
-                          "oid": hashlib.sha1(content).hexdigest()})  # fmt: skip
+            found.append(
+                {
+                    "type": "file" if path.is_file() else "directory",
+                    "path": str(path.relative_to(repo)),
+                    "size": len(content),
+                    "oid": hashlib.sha1(content).hexdigest(),
+                }
+            )
         return found
 
     def do_GET(self) -> None:
@@ -64,8 +69,17 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(text)["paths"] if text[:1] == "{" else parse_qs(text)["paths"]
             return self.answer_json([e for e in self.entries(repo) if e["path"] in wanted])
         siblings = [{"rfilename": e["path"]} for e in self.entries(repo) if e["type"] == "file"]
-        self.answer_json({"id": match[2], "sha": COMMIT, "private": False, "gated": False,
-                          "disabled": False, "tags": [], "siblings": siblings})  # fmt: skip
+        self.answer_json(
+            {
+                "id": match[2],
+                "sha": COMMIT,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "tags": [],
+                "siblings": siblings,
+            }
+        )
 
     do_HEAD = do_POST = do_GET
 

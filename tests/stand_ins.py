@@ -37,9 +37,16 @@ def make_backbone(folder: Path, dropout: float, tokenizer: Path | None = None) -
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = DistilBertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=128, dim=32, n_layers=2, n_heads=4,
-        hidden_dim=64, dropout=dropout, attention_dropout=dropout, seq_classif_dropout=2 * dropout,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        max_position_embeddings=128,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=64,
+        dropout=dropout,
+        attention_dropout=dropout,
+        seq_classif_dropout=2 * dropout,
+    )
     DistilBertForMaskedLM(config).save_pretrained(folder)
     return folder
 

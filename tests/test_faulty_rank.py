@@ -30,9 +30,13 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
     env = environment(FAULT=fault, TIMEOUT="10", GLOO_SOCKET_IFNAME="lo")
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, *map(str, [*launch, *script, *flags])], cwd=tmp_path, env=env,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, *map(str, [*launch, *script, *flags])],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode not in (0, None)
     # the start, the time-out, and the 30 s that torchrun gives a rank which does not end
     assert time.monotonic() - began < 70

@@ -10,8 +10,16 @@ import run_record
 import utils
 from model import Config, NewsClassifier
 
-CONFIG = Config(vocab_size=100, dim=32, n_layers=2, n_heads=4, hidden_dim=64, dropout=0.0,
-                attention_dropout=0.0, seq_classif_dropout=0.0)  # fmt: skip
+CONFIG = Config(
+    vocab_size=100,
+    dim=32,
+    n_layers=2,
+    n_heads=4,
+    hidden_dim=64,
+    dropout=0.0,
+    attention_dropout=0.0,
+    seq_classif_dropout=0.0,
+)
 
 
 @pytest.fixture

@@ -19,13 +19,34 @@ def train(folder, backbone, news, *flags, processes=0):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     script = ROOT / "training" / ("train_ddp.py" if processes else "train_single.py")
     report = folder / "report.json"
-    command = [sys.executable, *(launch if processes else []), script, "--model", backbone,
-               "--data", news, "--checkpoint-dir", folder, "--report", report, "--lr", "5e-3",
-               "--global-batch-size", 8, "--max-eval-samples", 20, *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        *(launch if processes else []),
+        script,
+        "--model",
+        backbone,
+        "--data",
+        news,
+        "--checkpoint-dir",
+        folder,
+        "--report",
+        report,
+        "--lr",
+        "5e-3",
+        "--global-batch-size",
+        8,
+        "--max-eval-samples",
+        20,
+        *flags,
+    ]
     done = subprocess.run(
-        [*map(str, command)], cwd=folder, env=environment(), capture_output=True, text=True,
+        [*map(str, command)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
         timeout=240,
-    )  # fmt: skip
+    )
     return done, json.loads(report.read_text()) if report.exists() else None
 
 
@@ -61,9 +82,24 @@ def test_more_processes_than_gpus_is_one_line(tiny_backbone, news_folder, tmp_pa
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_stopped_run_resumes(tiny_backbone, news_folder, tmp_path, precision):
     instrument = [sys.executable, ROOT / "tests" / "instrument.py", tmp_path]
-    command = [*instrument, ROOT / "training" / "train_single.py", "--model", tiny_backbone,
-               "--data", news_folder, "--checkpoint-dir", tmp_path, "--precision", precision,
-               "--global-batch-size", 8, "--max-eval-samples", 20, "--epochs", 2]  # fmt: skip
+    command = [
+        *instrument,
+        ROOT / "training" / "train_single.py",
+        "--model",
+        tiny_backbone,
+        "--data",
+        news_folder,
+        "--checkpoint-dir",
+        tmp_path,
+        "--precision",
+        precision,
+        "--global-batch-size",
+        8,
+        "--max-eval-samples",
+        20,
+        "--epochs",
+        2,
+    ]
     env = environment(STOP_AT_STEP="5", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     done = subprocess.run(
         [*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240

@@ -58,8 +58,11 @@ def test_the_kernel_runs_from_preflight_to_pages(kernel, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "GB/s, by gloo" in done.stdout
     assert {path.name for path in working.iterdir()} == {
-        "script.py", "benchmarks", "checkpoints", "checkpoints_single"
-    }  # fmt: skip
+        "script.py",
+        "benchmarks",
+        "checkpoints",
+        "checkpoints_single",
+    }
     results = working / "benchmarks" / "results"
     for name, world_size in (("kaggle_single", 1), ("kaggle_ddp", 2)):
         record = json.loads((results / f"{name}.json").read_text())
@@ -87,8 +90,11 @@ def test_a_transport_that_fails_is_followed_by_the_next(monkeypatch, capsys):
 
 def test_without_two_gpus_it_says_what_to_choose(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kaggle.run", str(tmp_path)], cwd=ROOT,
-        env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "benchmarks.kaggle.run", str(tmp_path)],
+        cwd=ROOT,
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("error: two GPUs are needed: choose the accelerator GPU T4 x2")

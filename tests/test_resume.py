@@ -39,9 +39,17 @@ def unfinished(stopped_at_5, tmp_path):
 
 @pytest.mark.parametrize(
     "flag, value",
-    [("--lr", "1e-3"), ("--epochs", "1"), ("--max-steps", "3"), ("--warmup", "0.2"),
-     ("--dropout", "0.2"), ("--seed", "1"), ("--global-batch-size", "4"), ("--max-length", "64")],
-)  # fmt: skip
+    [
+        ("--lr", "1e-3"),
+        ("--epochs", "1"),
+        ("--max-steps", "3"),
+        ("--warmup", "0.2"),
+        ("--dropout", "0.2"),
+        ("--seed", "1"),
+        ("--global-batch-size", "4"),
+        ("--max-length", "64"),
+    ],
+)
 def test_a_changed_recipe_is_named_and_refused_and_last_pt_is_kept(
     unfinished, tiny_backbone, news_folder, tmp_path, flag, value
 ):
@@ -90,8 +98,9 @@ def test_a_run_restarted_after_its_last_save_does_not_train_again(
     run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 3)
     train(2, run, tmp_path)
     before = (tmp_path / "c" / "distilbert_agnews.pt").read_bytes()
-    ranks = run_ranks(2, [ROOT / "training" / "train_ddp.py", *run], tmp_path,
-                      TORCHELASTIC_RESTART_COUNT="1")  # fmt: skip
+    ranks = run_ranks(
+        2, [ROOT / "training" / "train_ddp.py", *run], tmp_path, TORCHELASTIC_RESTART_COUNT="1"
+    )
     assert [rank.status for rank in ranks] == [0, 0], ranks[0].stderr
     assert (tmp_path / "c" / "distilbert_agnews.pt").read_bytes() == before
 
@@ -136,9 +145,12 @@ def start(script, folder, backbone, news, out):
     if script == "train_single.py":
         command = [sys.executable, ROOT / "training" / script, *run]
     process = subprocess.Popen(
-        [*map(str, command)], cwd=folder.parent, env=environment(NPROC_PER_NODE="2"),
-        stdout=out, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*map(str, command)],
+        cwd=folder.parent,
+        env=environment(NPROC_PER_NODE="2"),
+        stdout=out,
+        stderr=subprocess.STDOUT,
+    )
     until = time.monotonic() + 90
     while "epoch 2:" not in (folder.parent / "out").read_text() and time.monotonic() < until:
         time.sleep(0.1)

@@ -39,8 +39,12 @@ def test_the_seven_marks_first_come_in_order():
 def help_of(script, cwd):
     done = subprocess.run(
         [sys.executable, str(ROOT / "training" / script), "--help"],
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0
     return set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.M))
 
@@ -74,8 +78,12 @@ def test_every_documented_way_to_start_works(tiny_backbone, news_folder, tmp_pat
     env = environment(NPROC_PER_NODE="2")
     del env["PYTHONPATH"]  # a user has none
     done = subprocess.run(
-        [*map(str, command + flags)], cwd=tmp_path / "repo" / cwd, env=env,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [*map(str, command + flags)],
+        cwd=tmp_path / "repo" / cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c" / "distilbert_agnews.pt").exists()

@@ -19,8 +19,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "kaggle"
-CONTENT = ["training", "benchmarks", "docs", "README.md", "requirements.txt",
-           "requirements-dev.txt"]  # fmt: skip
+CONTENT = [
+    "training",
+    "benchmarks",
+    "docs",
+    "README.md",
+    "requirements.txt",
+    "requirements-dev.txt",
+]
 
 KERNEL = '''"""DistriNews on Kaggle, made by `make kaggle` from commit {commit}. Choose GPU T4 x2.
 
@@ -56,8 +62,10 @@ def user() -> str:
     except (OSError, ValueError, KeyError):
         owner = None
     if named and owner and named != owner:
-        sys.exit(f"error: KAGGLE_USERNAME is {named}, but {token} belongs to {owner}; Kaggle would "
-                 "refuse the push: unset the one that is wrong")  # fmt: skip
+        sys.exit(
+            f"error: KAGGLE_USERNAME is {named}, but {token} belongs to {owner}; Kaggle would "
+            "refuse the push: unset the one that is wrong"
+        )
     if not (named or owner):
         sys.exit(f"error: no Kaggle account: set KAGGLE_USERNAME, or put the API token in {token}")
     return named or owner
@@ -87,11 +95,20 @@ def main(out: Path = OUT) -> None:
     (out / "kernel.py").write_text(kernel)
     name = f"{user()}/distrinews"
     metadata = {
-        "id": name, "title": "distrinews", "code_file": "kernel.py", "language": "python",
-        "kernel_type": "script", "is_private": True, "enable_gpu": True, "enable_internet": True,
+        "id": name,
+        "title": "distrinews",
+        "code_file": "kernel.py",
+        "language": "python",
+        "kernel_type": "script",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_internet": True,
         "machine_shape": "NvidiaTeslaT4",  # two of them
-        "dataset_sources": [], "model_sources": [], "competition_sources": [], "kernel_sources": [],
-    }  # fmt: skip
+        "dataset_sources": [],
+        "model_sources": [],
+        "competition_sources": [],
+        "kernel_sources": [],
+    }
     (out / "kernel-metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     place = os.path.relpath(out)
     print(f"wrote {place}/kernel.py, {len(kernel) / 2**10:.0f} KiB; next, with Kaggle's client:")

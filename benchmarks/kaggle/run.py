@@ -55,13 +55,26 @@ def install() -> None:
 
 def preflight(processes: int) -> dict:
     """A timed all-reduce, and the environment with which it works; raises if none does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={processes}", "benchmarks/kaggle/preflight.py"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "benchmarks/kaggle/preflight.py",
+    ]
     for extra in ATTEMPTS:
         print(f"\nall-reduce between {processes} processes with {extra or 'no settings'}:", end=" ")
         env = os.environ | extra | {"NCCL_DEBUG": "INFO"}
-        process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         try:
             said, _ = process.communicate(timeout=90)
         except subprocess.TimeoutExpired:
@@ -74,8 +87,11 @@ def preflight(processes: int) -> dict:
             continue
         via = sorted(set(re.findall(r"via (\S+)", said))) or ["gloo"]
         figures = json.loads(answer[0]) | {"environment": extra, "transport": via}
-        print(f"{1e3 * figures['seconds']:.1f} ms for 64 MiB, {figures['gb_per_second']:.2f} GB/s, "
-              f"by {', '.join(via)}", flush=True)  # fmt: skip
+        print(
+            f"{1e3 * figures['seconds']:.1f} ms for 64 MiB, {figures['gb_per_second']:.2f} GB/s, "
+            f"by {', '.join(via)}",
+            flush=True,
+        )
         return figures
     raise SystemExit("error: no all-reduce works between these devices; see above")
 
@@ -92,14 +108,31 @@ def levers(flags: list, gpus: list, quick: bool) -> None:
         one_gpu = how == "one GPU"
         script = [sys.executable, "training/train_single.py"] if one_gpu else BASH
         visible = {"CUDA_VISIBLE_DEVICES": "0" if gpus else ""} if one_gpu else {}
-        run(*script, *flags, ROOT / "runs" / "lever", "--max-steps", steps, *more,
-            "--max-eval-samples", 64, "--report", report, **visible)  # fmt: skip
+        run(
+            *script,
+            *flags,
+            ROOT / "runs" / "lever",
+            "--max-steps",
+            steps,
+            *more,
+            "--max-eval-samples",
+            64,
+            "--report",
+            report,
+            **visible,
+        )
         record = json.loads(report.read_text())
         rates = [point["samples_per_second"] for point in record["curve"]]
-        rows.append({"how": how, "flags": " ".join(more), "steps": steps,
-                     "samples_per_second": median(rates[2:]),
-                     "global_batch_size": record["global_batch_size"],
-                     "host": record["host"]})  # fmt: skip
+        rows.append(
+            {
+                "how": how,
+                "flags": " ".join(more),
+                "steps": steps,
+                "samples_per_second": median(rates[2:]),
+                "global_batch_size": record["global_batch_size"],
+                "host": record["host"],
+            }
+        )
         speedup = rows[-1]["samples_per_second"] / rows[0]["samples_per_second"]
         print(f"{how}: {rows[-1]['samples_per_second']:,.0f} samples/s, {speedup:.2f} x one GPU")
     (RESULTS / "kaggle_levers.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -116,8 +149,10 @@ def main() -> None:
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     print("GPUs:", ", ".join(gpus) or "none", flush=True)
     if not args.quick and len(gpus) < 2:
-        sys.exit("error: two GPUs are needed: choose the accelerator GPU T4 x2 (verified accounts "
-                 "only), or see that it runs at all with --quick")  # fmt: skip
+        sys.exit(
+            "error: two GPUs are needed: choose the accelerator GPU T4 x2 (verified accounts "
+            "only), or see that it runs at all with --quick"
+        )
     install()
     checked = preflight(max(2, len(gpus)))
     os.environ |= checked["environment"]
@@ -136,11 +171,16 @@ def main() -> None:
         RESULTS / "kaggle_single.json",
         CUDA_VISIBLE_DEVICES="0" if gpus else "",
     )
-    run(*BASH, *flags, args.working / "checkpoints",
-        "--report", RESULTS / "kaggle_ddp.json")  # fmt: skip
+    run(*BASH, *flags, args.working / "checkpoints", "--report", RESULTS / "kaggle_ddp.json")
     levers(flags, gpus, args.quick)
-    run(sys.executable, "-m", "benchmarks.bench_training", *speed,
-        "--out", RESULTS / "training_speed_kaggle.json")  # fmt: skip
+    run(
+        sys.executable,
+        "-m",
+        "benchmarks.bench_training",
+        *speed,
+        "--out",
+        RESULTS / "training_speed_kaggle.json",
+    )
     run(sys.executable, "-m", "benchmarks.report")
     for kept in ("results", "plots", "single_gpu.md", "ddp_2gpu.md"):
         source, target = ROOT / "benchmarks" / kept, args.working / "benchmarks" / kept

@@ -40,18 +40,38 @@ def train(folder: Path, backbone: Path, news: Path, *more) -> None:
     flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, *more]
     flags += ["--global-batch-size", 8]
     command = [sys.executable, ROOT / "training" / "train_single.py", *flags]
-    subprocess.run([*map(str, command)], cwd=folder.parent, env=environment(), check=True,
-                   capture_output=True)  # fmt: skip
+    subprocess.run(
+        [*map(str, command)], cwd=folder.parent, env=environment(), check=True, capture_output=True
+    )
 
 
 def unfinished(folder: Path, backbone: Path, news: Path) -> None:
     """A folder with last.pt and the save before it, as a run that was killed leaves it."""
     code = "import checkpoint; checkpoint.release_folder = lambda path: None; "
     code += "import train_single; train_single.main()"
-    flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--max-steps", 8,
-             "--save-every", 2, "--epochs", 2, "--global-batch-size", 8]  # fmt: skip
-    subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=folder.parent,
-                   env=environment(), check=True, capture_output=True)  # fmt: skip
+    flags = [
+        "--model",
+        backbone,
+        "--data",
+        news,
+        "--checkpoint-dir",
+        folder,
+        "--max-steps",
+        8,
+        "--save-every",
+        2,
+        "--epochs",
+        2,
+        "--global-batch-size",
+        8,
+    ]
+    subprocess.run(
+        [sys.executable, "-c", code, *map(str, flags)],
+        cwd=folder.parent,
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
 
 
 def spoil(path: Path, other: Path, way: str, chance: random.Random, trace: Path) -> str:
@@ -133,15 +153,23 @@ def main() -> None:
             found.append(one)
             print(json.dumps(one), flush=True)
     good = sum(
-        bool(one["refused"]) and "\n" not in one["refused"] and not one["code_ran"]
-        and one.get("fell_back", True) for one in found
-    )  # fmt: skip
+        bool(one["refused"])
+        and "\n" not in one["refused"]
+        and not one["code_ran"]
+        and one.get("fell_back", True)
+        for one in found
+    )
     print(f"{good} of {len(found)} refused with one line; no code ran")
     if args.out:
-        figures = {"script": "faults_corrupt", "seed": args.seed, "files": found,
-                   "command": f"python -m tests.faults.corrupt --times {args.times}",
-                   "host": machine.host(torch.device("cpu")), "versions": machine.versions(),
-                   "git_commit": machine.git_commit()}  # fmt: skip
+        figures = {
+            "script": "faults_corrupt",
+            "seed": args.seed,
+            "files": found,
+            "command": f"python -m tests.faults.corrupt --times {args.times}",
+            "host": machine.host(torch.device("cpu")),
+            "versions": machine.versions(),
+            "git_commit": machine.git_commit(),
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
     sys.exit(good != len(found))

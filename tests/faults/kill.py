@@ -48,9 +48,24 @@ class Run:
     def __init__(self, folder: Path, backbone: Path, news: Path):
         self.folder, self.mark = folder, folder.name
         folder.mkdir()
-        flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder / "c",
-                 "--epochs", 30, "--max-steps", STEPS, "--global-batch-size", 8,
-                 "--save-every", 3, "--max-eval-samples", 8]  # fmt: skip
+        flags = [
+            "--model",
+            backbone,
+            "--data",
+            news,
+            "--checkpoint-dir",
+            folder / "c",
+            "--epochs",
+            30,
+            "--max-steps",
+            STEPS,
+            "--global-batch-size",
+            8,
+            "--save-every",
+            3,
+            "--max-eval-samples",
+            8,
+        ]
         self.command = ["bash", str(ROOT / "training" / "run_ddp.sh"), *map(str, flags)]
         self.last = folder / "c" / "last.pt"
 
@@ -92,8 +107,12 @@ def kill_once(run: Run, chance: random.Random) -> dict:
         run.wait_for(temporary.exists, pause=0.0002)
     else:
         time.sleep(max(0.0, began + after - time.monotonic()))
-    found = {"victim": victim, "in_save": in_save, "after_seconds": time.monotonic() - began,
-             "saving": temporary.exists()}  # fmt: skip
+    found = {
+        "victim": victim,
+        "in_save": in_save,
+        "after_seconds": time.monotonic() - began,
+        "saving": temporary.exists(),
+    }
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:  # the run was faster
@@ -170,10 +189,16 @@ def main() -> None:
     good = sum(one.get("equal", False) and not one["left_behind"] for one in kills)
     print(f"{good} of {len(kills)} ended as the undisturbed run did, with nothing left behind")
     if args.out:
-        record = {"script": "faults_kill", "seed": args.seed, "steps": STEPS, "kills": kills,
-                  "command": f"python -m tests.faults.kill --kills {args.kills} --seed {args.seed}",
-                  "host": machine.host(torch.device("cpu")), "versions": machine.versions(),
-                  "git_commit": machine.git_commit()}  # fmt: skip
+        record = {
+            "script": "faults_kill",
+            "seed": args.seed,
+            "steps": STEPS,
+            "kills": kills,
+            "command": f"python -m tests.faults.kill --kills {args.kills} --seed {args.seed}",
+            "host": machine.host(torch.device("cpu")),
+            "versions": machine.versions(),
+            "git_commit": machine.git_commit(),
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(good != len(kills))
