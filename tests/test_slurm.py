@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, environment
+from ranks import ROOT, environment, losses, train
 
 NODES = ("n1", "n2")
 ADDRESSES = {"ctl": "10.79.0.3", "n1": "10.79.0.1", "n2": "10.79.0.2"}
@@ -147,17 +147,16 @@ def flags(backbone: Path, news: Path, folder: Path) -> list:
     return [*map(str, flags)]
 
 
-def losses(folder: Path) -> list[float]:
+def losses_in(folder: Path) -> list[float]:
     return [point["loss"] for point in json.loads((folder / "record").read_text())["curve"]]
 
 
 @pytest.fixture(scope="module")
 def of_one_process(calm_backbone, news_folder, tmp_path_factory):
-    """The loss of every step without Slurm; no dropout, whose masks differ from rank to rank."""
+    """The loss of every step of train_single.py; no dropout, whose masks differ by rank."""
     folder = tmp_path_factory.mktemp("one")
-    run("bash", ROOT / "training" / "run_ddp.sh", *flags(calm_backbone, news_folder, folder),
-        env=environment(NPROC_PER_NODE="1"))  # fmt: skip
-    return losses(folder)
+    (rank,) = train(0, flags(calm_backbone, news_folder, folder), folder)
+    return losses(rank)
 
 
 class Job:
@@ -210,7 +209,7 @@ def test_two_nodes_end_with_the_losses_of_one_process(
 ):
     job = Job(cluster, calm_backbone, news_folder, tmp_path)
     job.wait_for("COMPLETED")
-    assert losses(tmp_path) == pytest.approx(of_one_process, abs=1e-5)
+    assert losses_in(tmp_path) == pytest.approx(of_one_process, abs=1e-5)
     log = job.log.read_text()
     assert "2 processes" in log and log.count("saved ") == 1
 
@@ -242,4 +241,4 @@ def test_an_interrupted_job_is_queued_again_and_resumes_with_the_same_losses(
     record = json.loads((tmp_path / "record").read_text())
     assert len(set(record["resumed_at"])) == 3
     assert re.findall(r"device: (\d) process", log) == ["2", "1", "2", "2"]
-    assert losses(tmp_path) == pytest.approx(of_one_process, abs=1e-5)
+    assert losses_in(tmp_path) == pytest.approx(of_one_process, abs=1e-5)
