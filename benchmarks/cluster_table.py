@@ -36,7 +36,11 @@ PUBLISHED = (
     ("BERT of Hugging Face, 2 GPUs of one server", "0.94", "pytorch/pytorch#17159"),
     ("the same, 8 GPUs of one server", "0.90", "pytorch/pytorch#17159"),
     ("the same, 2 servers with 8 each", "0.66", "pytorch/pytorch#17159"),
-    ("DistilBERT on IMDB, 4 A100, from the minutes of a run", "0.62", "S. Raschka, 2023"),
+    (
+        "DistilBERT on IMDB, 4 A100, from the minutes of a run",
+        "0.62",
+        "sebastianraschka.com, pytorch-faster, 2023",
+    ),
     ("Inception V3 and ResNet-101, 512 GPUs, 25 Gb RoCE", "0.90", "horovod/horovod, docs"),
     ("VGG-16, many weights for its work, the same", "0.68", "horovod/horovod, docs"),
 )
