@@ -34,7 +34,12 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         return "out of memory; use a smaller --micro-batch-size", False
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}", False
-    if not isinstance(error, RuntimeError) or not re.search("gloo|nccl|connection", text, re.I):
+    if "Unable to find address for: " in text:  # gloo on a host without this interface
+        name = text.split("Unable to find address for: ")[1].split()[0]
+        return f"GLOO_SOCKET_IFNAME={name}: this host has no such interface; see: ip address", False
+    if not isinstance(error, RuntimeError) or not (
+        isinstance(error, dist.DistStoreError) or re.search("gloo|nccl|connection", text, re.I)
+    ):
         return None, False
     if "NCCL error" in text and "ncclRemoteError" not in text:  # remote: the other end has gone
         return f"NCCL failed ({text.strip().splitlines()[-1]}); {NCCL_REMEDY}", False
