@@ -56,6 +56,11 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
             False,
         ),
         (
+            "[enforce fail at gloo/transport/tcp/device.cc:84] Unable to find address for: eth9",
+            "GLOO_SOCKET_IFNAME=eth9: this host has no such interface",
+            False,
+        ),
+        (
             "NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network error\n"
             "ncclRemoteError: A call failed possibly due to a network error or a remote process "
             "exiting prematurely.",
@@ -68,3 +73,9 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
 def test_an_error_of_nccl_is_told_apart_from_a_process_that_is_gone(text, line, caused_elsewhere):
     said, elsewhere = errors.explain(torch.distributed.DistBackendError(text), ())
     assert said.startswith(line) and elsewhere == caused_elsewhere
+
+
+def test_a_store_that_nobody_fills_is_another_rank_that_is_missing():
+    error = torch.distributed.DistStoreError("wait timeout after 90000ms, keys: /x")
+    said, elsewhere = errors.explain(error, ())
+    assert said.startswith("another rank did not reach") and elsewhere
