@@ -2,12 +2,13 @@
 
 DIR/rank0.json and so on are in the format of https://ui.perfetto.dev, three steps after ten. Beside
 torch's own events they have two tracks of named ranges: "compute" (data, forward, backward, clip,
-optimizer) and "communication" (the all-reduce of each bucket; the first one in a step is that of the metrics of the
-step before). On a GPU the compute ranges show when
-the CPU launched the work, and the communication ranges are NCCL's kernels.
+optimizer) and "communication" (the all-reduce of each bucket; before them that of the metrics of
+the step before). On a GPU the compute ranges show when the CPU launched the work; the communication
+ranges are the kernels of NCCL.
 """
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -42,18 +43,21 @@ def start(folder: Path | None, optimizer: torch.optim.Optimizer, steps: int) -> 
             f"--profile records {STEPS} steps after {WAIT}, and {steps} are left in this run; "
             "use more --epochs or --max-steps, or --fresh"
         )
+    path = folder / f"rank{dist.get_rank()}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
     except OSError as error:
         raise UsageError(
             f"--profile {folder}: {error.strerror}; name a folder to write to"
         ) from None
     profile = torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=WAIT - 1, warmup=1, active=STEPS, repeat=1),
-        on_trace_ready=partial(write_trace, folder / f"rank{dist.get_rank()}.json"),
+        on_trace_ready=partial(write_trace, path),
         record_shapes=True,  # the sizes of the buckets
         with_stack=True,  # where backward and clipping begin and end
     )
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would log each start and stop
     profile.start()
     optimizer.register_step_post_hook(lambda *_: profile.step())
 
@@ -70,7 +74,11 @@ def named_ranges(events: list[dict], rank: int) -> list[dict]:
     """The events of the two tracks, from those that torch.profiler recorded."""
     spans = sorted((e for e in events if e.get("ph") == "X"), key=lambda event: event["ts"])
     compute, communication = [], []
+    steps = [e["ts"] + e["dur"] for e in spans if e["name"].startswith("ProfilerStep#")]
     for event in spans:
+        if event["name"].startswith("Optimizer.step"):  # without our hook, which ends the step
+            ends = [end for end in steps if event["ts"] < end < event["ts"] + event["dur"]]
+            event = event | {"dur": ends[0] - event["ts"]} if ends else event
         name = next((n for n, why in COMPUTE.items() if re.fullmatch(why, event["name"])), None)
         if name and event.get("cat") != "gpu_user_annotation":
             compute.append(range_of(event, name, f"rank {rank}", "compute"))
