@@ -76,8 +76,8 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
     chosen = [{"variant": variant, "micro": micro} for micro in batches]
     chosen += [{"variant": variant, "micro": 16, "accumulation": k} for k in accumulations]
     if world_size == 1:
-        if not quick:  # the global batch of two processes of the largest
-            chosen = [{"variant": "single", "micro": 2 * batches[0]}, *chosen]
+        doubled = {2 * micro for micro in batches} - {*batches}  # the global batches of two
+        chosen = [{"variant": "single", "micro": micro} for micro in sorted(doubled)[::-1]] + chosen
         if cuda:
             chosen += [{"variant": "single", "micro": 32, "precision": "fp32"}]
             chosen += [{"variant": "single", "micro": 32, "compiled": True}]
@@ -216,36 +216,46 @@ class Bench:
                 (
                     f"Trainer, {name}",
                     short * (5 if name in ("trainer_defaults", "naive") else 2.5),
-                    lambda name=name, flags=flags: [self.trainer(name, flags, short, *(
-                        ["--pad-to-max"] if name == "naive" else []
-                    ))],
+                    lambda name=name, flags=flags: [
+                        self.trainer(
+                            name, flags, short, *(["--pad-to-max"] if name == "naive" else [])
+                        )
+                    ],
                 )
                 for name, flags in best.items()
             ),
-        ]  # fmt: skip
+        ]
         if precision != "fp32" and not self.quick:
             fp32 = ("--precision", "fp32")
             call = self.script
             parts.append(
-                ("train_single.py in fp32", 3.2 * short,
-                 lambda: [call(1, cores, short, "single_fp32", *fp32)()])
-            )  # fmt: skip
+                (
+                    "train_single.py in fp32",
+                    3.2 * short,
+                    lambda: [call(1, cores, short, "single_fp32", *fp32)()],
+                )
+            )
         if self.devices > 1:
             parts += [
-                ("train_ddp.py", 1.3 * long,
-                 lambda: [self.script(2, self.threads, long, "ddp")()]),
+                ("train_ddp.py", 1.3 * long, lambda: [self.script(2, self.threads, long, "ddp")()]),
                 ("two processes without communication", 1.7 * short, self.no_communication),
-            ]  # fmt: skip
+            ]
         for world_size in (n for n in WORLD_SIZES if n <= self.devices):
             parts.append(
-                (f"pieces of a step, world size {world_size}", 40 if self.quick else 150,
-                 lambda n=world_size: self.pieces(str(n), n, self.threads, precision))
-            )  # fmt: skip
+                (
+                    f"pieces of a step, world size {world_size}",
+                    40 if self.quick else 150,
+                    lambda n=world_size: self.pieces(str(n), n, self.threads, precision),
+                )
+            )
         if not (self.cuda or self.quick) and self.devices > 1:  # one process with all cores
             parts.append(
-                ("pieces of a step, all cores", 70,
-                 lambda: self.pieces("all cores", 1, cores, precision))
-            )  # fmt: skip
+                (
+                    "pieces of a step, all cores",
+                    70,
+                    lambda: self.pieces("all cores", 1, cores, precision),
+                )
+            )
         return parts
 
     def no_communication(self) -> list[dict]:
@@ -333,8 +343,11 @@ def main() -> None:
     source = source if source == "sample" else str(Path(source).resolve())
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"warning: other programs are running (load average {load:.1f}); the figures will be "
-              "too low, and their ratios wrong", file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: other programs are running (load average {load:.1f}); the figures will be "
+            "too low, and their ratios wrong",
+            file=sys.stderr,
+        )
     started, t0 = datetime.now().isoformat(timespec="seconds"), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         backbone, model = Path(folder) / "backbone", "DistilBERT-base, random weights"

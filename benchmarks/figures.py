@@ -112,8 +112,10 @@ class Speed:
     def settings(self, launch: str) -> list[tuple[pd.Series, pd.DataFrame]]:
         """(a setting, its rounds), in the order in which they were measured."""
         chosen = self.steps[self.steps.launch == launch]
-        return [(rows.iloc[0], rows.set_index("round")) for _, rows in
-                chosen.groupby(SETTING, sort=False)]  # fmt: skip
+        return [
+            (rows.iloc[0], rows.set_index("round"))
+            for _, rows in chosen.groupby(SETTING, sort=False)
+        ]
 
     def find(self, launch, variant, micro, accumulation=1, compression="none", sparse=False):
         """The rounds of a setting; an empty frame if it was not measured."""
@@ -156,16 +158,26 @@ class Speed:
         sync_flags = self.piece("sync_flags", launch).seconds.median()
         config = self.record["config"]
         rows = config["vocab_size"] + config["max_position_embeddings"]
-        return Pieces(*inputs, sync_flags, imbalance, tuple(sizes.index), tuple(sizes),
-                      4.0 * config["dim"] * rows, self.cuda)  # fmt: skip
+        return Pieces(
+            *inputs,
+            sync_flags,
+            imbalance,
+            tuple(sizes.index),
+            tuple(sizes),
+            4.0 * config["dim"] * rows,
+            self.cuda,
+        )
 
     def buckets(self, compression: str = "none") -> pd.Series:
         """Seconds of each bucket's all-reduce alone, by its bytes, in the order of filling."""
         rows = self.piece("bucket", "2")
         rows = rows[rows.compression == compression]
-        return rows.groupby("number").agg({"bytes": "first", "seconds": "median"}).set_index(
-            "bytes"
-        ).seconds  # fmt: skip
+        return (
+            rows.groupby("number")
+            .agg({"bytes": "first", "seconds": "median"})
+            .set_index("bytes")
+            .seconds
+        )
 
     def compressions(self) -> list[str]:
         return sorted(
@@ -209,8 +221,9 @@ class Speed:
     def weak(self, micro: int, accumulation=1, compression="none", sparse=False) -> pd.Series:
         """Samples/s of two processes over those of one, each with `micro` rows of its own."""
         one = self.find("1", "single", micro, accumulation)
-        return (2 * one.step / self.find("2", "ddp", micro, accumulation, compression, sparse).step
-                ).dropna()  # fmt: skip
+        return (
+            2 * one.step / self.find("2", "ddp", micro, accumulation, compression, sparse).step
+        ).dropna()
 
     def predicted_strong(self, micro: int) -> float:
         one = self.predicted("1", self.find("1", "single", 2 * micro))
@@ -262,8 +275,16 @@ class Speed:
                 predicted = self.predicted(launch, rounds)
                 error = predicted / rounds.step.median() - 1
                 new = any(setting[name] in values for name, values in VALIDATION.items())
-                rows.append({"launch": launch, "what": describe(setting), "step": rounds.step,
-                             "predicted": predicted, "error": error, "new": new})  # fmt: skip
+                rows.append(
+                    {
+                        "launch": launch,
+                        "what": describe(setting),
+                        "step": rounds.step,
+                        "predicted": predicted,
+                        "error": error,
+                        "new": new,
+                    }
+                )
         return pd.DataFrame(rows)
 
     def errors(self) -> tuple[pd.Series, pd.Series]:
@@ -276,16 +297,20 @@ class Speed:
         scripts = self.rows[self.rows.kind == "script"]
         table = scripts.groupby("name_", sort=False).agg(
             samples_per_second=("samples_per_second", "median"),
-            lowest=("samples_per_second", "min"), highest=("samples_per_second", "max"),
+            lowest=("samples_per_second", "min"),
+            highest=("samples_per_second", "max"),
             steps=("steps", "min"),
-        )  # fmt: skip
+        )
         text = f"\n{self.title}\n{table.rename_axis(None).round(1).to_string()}\n"
         if self.ddp:
             micros = self.micros("2", "ddp")
-            speedups = pd.DataFrame({
-                "strong speed-up": [self.strong(micro).median() for micro in micros],
-                "weak speed-up": [self.weak(micro).median() for micro in micros],
-            }, index=pd.Index(micros, name="rows of each process"))  # fmt: skip
+            speedups = pd.DataFrame(
+                {
+                    "strong speed-up": [self.strong(micro).median() for micro in micros],
+                    "weak speed-up": [self.weak(micro).median() for micro in micros],
+                },
+                index=pd.Index(micros, name="rows of each process"),
+            )
             text += f"\n{speedups.round(2).to_string()}\n"
         return text
 
@@ -300,7 +325,11 @@ def runs(*scripts: str, folder: str = ".") -> dict[str, dict]:
     """The run records of the training scripts on AG News."""
     names = sorted(path.stem for path in (RESULTS / folder).glob("*.json"))
     found = {name: read(f"{folder}/{name}") for name in names if name != "sample_on_agnews"}
-    return {name: run for name, run in found.items() if run.get("script") in scripts}
+    return {
+        name: run
+        for name, run in found.items()
+        if isinstance(run, dict) and run.get("script") in scripts
+    }
 
 
 def standard_error(run: dict) -> float:

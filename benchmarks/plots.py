@@ -75,15 +75,20 @@ def predicted(speed: Speed) -> str:
 
 def throughput() -> str:
     drawing, axes = figure(7.5, 4)
-    styles = {"1": ("one process, one device", BLUE), "2": ("DDP, two devices", ORANGE),
-              "all cores": ("one process, all cores", GREEN)}  # fmt: skip
+    styles = {
+        "1": ("one process, one device", BLUE),
+        "2": ("DDP, two devices", ORANGE),
+        "all cores": ("one process, all cores", GREEN),
+    }
     found = speeds()
     for number, speed in enumerate(found):
         for launch, (name, colour) in styles.items():
             variant, processes = ("ddp", 2) if launch == "2" else ("single", 1)
             micros = speed.micros(launch, variant)
-            rates = [processes * micro / speed.find(launch, variant, micro).step.median()
-                     for micro in micros]  # fmt: skip
+            rates = [
+                processes * micro / speed.find(launch, variant, micro).step.median()
+                for micro in micros
+            ]
             if micros:
                 style = {"marker": MARKERS[number % 5], "linestyle": ("-", "--", ":")[number % 3]}
                 axes.plot(micros, rates, color=colour, label=f"{name}; {speed.title}", **style)
@@ -138,6 +143,8 @@ def draw() -> dict[str, str]:
     found = speeds()
     drawn = {"loss.svg": curves() and curves().draw(), "throughput.svg": found and throughput()}
     for speed in found:
-        drawn |= {f"waterfall_{speed.slug}.svg": speed.ddp and waterfall(speed),
-                  f"predicted_{speed.slug}.svg": speed.ddp and predicted(speed)}  # fmt: skip
+        drawn |= {
+            f"waterfall_{speed.slug}.svg": speed.ddp and waterfall(speed),
+            f"predicted_{speed.slug}.svg": speed.ddp and predicted(speed),
+        }
     return drawn

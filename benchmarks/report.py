@@ -119,10 +119,17 @@ def paper() -> list[tuple[str, str, list[float]]]:
     ways |= {"32 rows, 16-bit gradients": (32, {"compressed": True})}
     ways |= {"128 rows, both": (128, {"accumulation": 4, "compressed": True})}
     return [
-        (name, link, [gpu_step(gpu, FLOP, rows, 1, **how) / gpu_step(gpu, FLOP, rows, n, **how)
-                      for n in (8, 64, 512)])
-        for name, (rows, how) in ways.items() for link, gpu in PAPER.items()
-    ]  # fmt: skip
+        (
+            name,
+            link,
+            [
+                gpu_step(gpu, FLOP, rows, 1, **how) / gpu_step(gpu, FLOP, rows, n, **how)
+                for n in (8, 64, 512)
+            ],
+        )
+        for name, (rows, how) in ways.items()
+        for link, gpu in PAPER.items()
+    ]
 
 
 # Records with a form of their own
@@ -169,22 +176,38 @@ def mark(number: int) -> str:
 
 
 def environment() -> Environment:
-    env = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined,
-                      trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     found = speeds()
-    env.filters |= {"measured": measured, "predicted": predicted, "recipe": recipe, "short": short,
-                    "trained_on": trained_on, "accuracy": "{:.4f}".format,
-                    "ms": lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}"}  # fmt: skip
+    env.filters |= {
+        "measured": measured,
+        "predicted": predicted,
+        "recipe": recipe,
+        "short": short,
+        "trained_on": trained_on,
+        "accuracy": "{:.4f}".format,
+        "ms": lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}",
+    }
     env.tests["empty"] = lambda values: not len(values)
     functions = (read, runs, serving, where, statuses, standard_error, mark, kill_groups)
     functions += (corrupt_share, paper, t4, t4_rate, t4_minutes, t4_strong, t4_weak, t4_levers)
     env.globals |= {function.__name__: function for function in functions}
     env.globals |= {
-        "speeds": found, "speed": found[0] if found else None, "plots": plots.draw(),
-        "curves": plots.curves(), "timeline": timeline.summary(), "T4": T4,
-        "PAPER": next(iter(cost_model.PAPER.values())), "SERVERS": SERVERS,
-        "EPOCH_ROWS": EPOCH_ROWS, "ENOUGH_STEPS": ENOUGH_STEPS,
-    }  # fmt: skip
+        "speeds": found,
+        "speed": found[0] if found else None,
+        "plots": plots.draw(),
+        "curves": plots.curves(),
+        "timeline": timeline.summary(),
+        "T4": T4,
+        "PAPER": next(iter(cost_model.PAPER.values())),
+        "SERVERS": SERVERS,
+        "EPOCH_ROWS": EPOCH_ROWS,
+        "ENOUGH_STEPS": ENOUGH_STEPS,
+    }
     return env
 
 

@@ -72,12 +72,22 @@ def step_rows(traces: list[dict]) -> list[dict]:
         inside = [e for e in events if start <= e["ts"] < end]
         main_thread = next(e for e in inside if e["name"].startswith("ProfilerStep#"))["tid"]
         # arithmetic: what PyTorch's operators did on the thread that trains
-        work = union([
-            (e["ts"], e["ts"] + e["dur"]) for e in inside
-            if e["tid"] == main_thread and e["name"].startswith("aten::")
-        ])  # fmt: skip
-        rows.append({"rank": rank, "lane": "step", "name": "step", "start_ms": (start - zero) / 1e3,
-                     "ms": (end - start) / 1e3})  # fmt: skip
+        work = union(
+            [
+                (e["ts"], e["ts"] + e["dur"])
+                for e in inside
+                if e["tid"] == main_thread and e["name"].startswith("aten::")
+            ]
+        )
+        rows.append(
+            {
+                "rank": rank,
+                "lane": "step",
+                "name": "step",
+                "start_ms": (start - zero) / 1e3,
+                "ms": (end - start) / 1e3,
+            }
+        )
         for event in inside:
             if event.get("cat") == "distrinews":
                 span = event["ts"], event["ts"] + event["dur"]
@@ -121,6 +131,7 @@ def main() -> None:
     source, batch, rows = os.environ.get("AG_NEWS_DIR", "sample"), args.global_batch_size, []
     if batch % 8:
         sys.exit(f"error: --global-batch-size {batch}: expected a multiple of 8")
+    load = os.getloadavg()[0]
     data = ["--data", source if source == "sample" else Path(source).resolve()]
     data += ["--max-train-samples", 13 * batch + 200] if source != "sample" else []
     with tempfile.TemporaryDirectory() as place:
@@ -138,7 +149,7 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "benchmarks.timeline", *sys.argv[1:]]),
         "started": datetime.now().isoformat(timespec="seconds"),
         "host": machine.host(torch.device("cpu")),
-        "load_average": os.getloadavg()[0],
+        "load_average": load,
         "versions": machine.versions(),
         "git_commit": machine.git_commit(),
         "model": args.model or "DistilBERT-base, random weights",

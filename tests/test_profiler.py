@@ -67,8 +67,11 @@ def test_the_timeline_takes_one_step_of_each_rank_on_one_clock(traces):
         last = max(row["start_ms"] + row["ms"] for row in own)
         assert last <= step["start_ms"] + step["ms"] + 0.001
     for sent in (row for row in rows if row["lane"] == "communication"):
-        exposed = [r for r in rows if r["lane"] == "exposed" and r["rank"] == sent["rank"]
-                   and r["name"] == sent["name"]]  # fmt: skip
+        exposed = [
+            r
+            for r in rows
+            if r["lane"] == "exposed" and r["rank"] == sent["rank"] and r["name"] == sent["name"]
+        ]
         assert sum(row["ms"] for row in exposed) <= sent["ms"] + 0.001
 
 

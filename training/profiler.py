@@ -107,5 +107,13 @@ def range_of(event: dict, name: str, process: str, track: str) -> dict:
         if kind in ITEM_SIZES and all(isinstance(length, int) for length in shape)
     ]
     more = {"bytes": sum(sizes)} if track == "communication" and sizes else {}
-    return {"ph": "X", "cat": "distrinews", "name": name, "ts": event["ts"], "dur": event["dur"],
-            "pid": process, "tid": track, "args": more}  # fmt: skip
+    return {
+        "ph": "X",
+        "cat": "distrinews",
+        "name": name,
+        "ts": event["ts"],
+        "dur": event["dur"],
+        "pid": process,
+        "tid": track,
+        "args": more,
+    }
