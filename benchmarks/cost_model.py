@@ -8,7 +8,10 @@ buckets: Li et al., PyTorch Distributed, VLDB 2020, section 3.2.3.
 """
 
 from bisect import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+
+from training.model import Config
 
 MIB = 2**20
 
@@ -158,6 +161,7 @@ ROW = 768 * 4  # bytes of a word's embedding
 WORDS = 30522 * ROW
 EMBEDDINGS = WORDS + 512 * ROW  # and the positions'
 TOKENS = 52.5  # mean length of AG News's rows
+EPOCH_ROWS = 114_000  # of AG News's 120,000, less the 5 % set aside for validation
 
 
 def gpu_step(
@@ -186,3 +190,58 @@ def gpu_step(
         seconds = tuple(all_reduce(b, world_size, gpu.latency, gpu.bandwidth) for b in sent)
         pieces = Pieces(compute, gpu.fixed, 0, 0, 0, sent, seconds, size * embeddings, True)
     return step(pieces, rows, accumulation)
+
+
+def t4(rows: int, world_size: int, vary: str = "bandwidth", **how) -> list[float]:
+    """Seconds of DistilBERT's step on T4s: pessimistic, likely, optimistic in the link or card."""
+    flop, cards = flops_per_sample(Config(), TOKENS), T4
+    if vary == "bandwidth":
+        cards = [replace(T4[1], bandwidth=card.bandwidth) for card in T4]
+    return [gpu_step(card, flop, rows, world_size, **how) for card in cards]
+
+
+def t4_rate(world_size: int) -> list[float]:
+    """Samples/s at 32 rows a card."""
+    vary = "card" if world_size == 1 else "bandwidth"
+    return [32 * world_size / seconds for seconds in t4(32, world_size, vary)]
+
+
+def t4_minutes(world_size: int) -> list[float]:
+    return [EPOCH_ROWS / rate / 60 for rate in t4_rate(world_size)]
+
+
+def t4_strong(rows: int) -> list[float]:
+    """One card over two at the same global batch, 2 x rows."""
+    return [one / two for one, two in zip(t4(2 * rows, 1), t4(rows, 2), strict=True)]
+
+
+def t4_weak(rows: int, accumulation: int = 1, **how) -> list[float]:
+    one, two = (t4(rows, n, accumulation=accumulation, **how) for n in (1, 2))
+    return [2 * a / b for a, b in zip(one, two, strict=True)]
+
+
+def t4_levers(touched: float | None) -> list[tuple[str, dict]]:
+    """(what, arguments of gpu_step) of what shortens communication."""
+    levers = [("plain", {}), ("`--grad-compression fp16`", {"compressed": True})]
+    if touched:
+        levers += [("`--sparse-embeddings`", {"touched": touched})]
+        levers += [("both", {"compressed": True, "touched": touched})]
+    return [*levers, ("4 accumulated", {"accumulation": 4})]
+
+
+def paper() -> list[tuple[str, str, list[float]]]:
+    """(how, link, efficiencies of 8, 64 and 512 GPUs)."""
+    both = {"accumulation": 4, "compressed": True}
+    ways = {
+        "32 rows a GPU": {"rows": 32},
+        "128 rows": {"rows": 128},
+        "32 rows, 4 accumulated": {"rows": 32, "accumulation": 4},
+        "32 rows, 16-bit gradients": {"rows": 32, "compressed": True},
+        "128 rows, both": {"rows": 128} | both,
+    }
+    step = partial(gpu_step, flop=flops_per_sample(Config(), TOKENS))
+    return [
+        (name, link, [step(gpu, **how) / step(gpu, world_size=n, **how) for n in (8, 64, 512)])
+        for name, how in ways.items()
+        for link, gpu in PAPER.items()
+    ]

@@ -54,25 +54,6 @@ def waterfall(speed: Speed) -> str:
     return svg(drawing)
 
 
-def predicted(speed: Speed) -> str:
-    drawing, axes = figure(5, 4)
-    table = speed.compared()
-    groups = table.groupby(["launch", "new"])
-    for (colour, marker), ((launch, new), rows) in zip(
-        zip((BLUE, GREEN, ORANGE, PURPLE), MARKERS, strict=False), groups, strict=False
-    ):
-        label = f"{launch} process{'es' * (launch != '1')}{', chosen later' * new}"
-        steps = [step.median() for step in rows.step]
-        axes.scatter(steps, rows.predicted, color=colour, marker=marker, label=label)
-    ends = axes.get_xlim()
-    axes.plot(ends, ends, color=GREY, linewidth=0.8)
-    axes.set_xlabel("step measured, s")
-    axes.set_ylabel("step predicted, s")
-    axes.legend()
-    axes.set_title(speed.title, fontsize=10)
-    return svg(drawing)
-
-
 def throughput() -> str:
     drawing, axes = figure(7.5, 4)
     styles = {
@@ -143,8 +124,5 @@ def draw() -> dict[str, str]:
     found = speeds()
     drawn = {"loss.svg": curves() and curves().draw(), "throughput.svg": found and throughput()}
     for speed in found:
-        drawn |= {
-            f"waterfall_{speed.slug}.svg": speed.ddp and waterfall(speed),
-            f"predicted_{speed.slug}.svg": speed.ddp and predicted(speed),
-        }
+        drawn[f"waterfall_{speed.slug}.svg"] = speed.ddp and waterfall(speed)
     return drawn

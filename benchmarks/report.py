@@ -6,16 +6,13 @@ A page is benchmarks/templates/NAME.md.j2 as a whole; README and docs hold secti
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks import cost_model, plots, timeline
-from benchmarks.cost_model import PAPER, T4, TOKENS, flops_per_sample, gpu_step
-from benchmarks.figures import ENOUGH_STEPS, ROOT, read, runs, short, speeds, standard_error
-from training.model import Config
+from benchmarks import cost_model, figures, plots, timeline
+from benchmarks.figures import ROOT, read, short, speeds
 
 BENCHMARKS = ROOT / "benchmarks"
 TEMPLATES = BENCHMARKS / "templates"
@@ -27,12 +24,14 @@ WRITTEN = {
 }
 PAGES = [ROOT / "README.md", ROOT / "docs" / "ddp_explained.md"]
 PAGES += [ROOT / "training" / "sample_data" / "README.md"]
-EPOCH_ROWS = 114_000  # of AG News's 120,000, less the 5 % set aside for validation
 SERVERS = {
     "pipeline": "`pipeline` in a `def` endpoint, fp32",
+    "litserve_1": "LitServe, one worker, fp32",
+    "litserve_2": "LitServe, two workers, fp32",
+    "infinity": "Infinity, fp32",
     "torch": "this repo, torch fp32",
     "onnx": "this repo, ONNX Runtime int8",
-    "int8": "this repo, int8",
+    "int8": "this repo, OpenVINO int8",
 }
 
 # Cells
@@ -67,69 +66,6 @@ def trained_on(run: dict) -> str:
     data = "the sample" if run["data"] == "sample" else "AG News"
     processes = f"{run['world_size']} process{'es' * (run['world_size'] > 1)}"
     return f"{run['model']}, {run['train_samples']:,} rows of {data}, {processes}"
-
-
-# Figures of GPUs that nobody measured
-
-
-FLOP = flops_per_sample(Config(), TOKENS)
-
-
-def t4(rows: int, world_size: int, vary: str = "bandwidth", **how) -> list[float]:
-    """Seconds of a step: pessimistic, likely, optimistic. The link varies, or the card."""
-    likely, cards = T4[1], T4
-    if vary == "bandwidth":
-        cards = [replace(likely, bandwidth=card.bandwidth) for card in T4]
-    return [gpu_step(card, FLOP, rows, world_size, **how) for card in cards]
-
-
-def t4_rate(world_size: int) -> list[float]:
-    vary = "card" if world_size == 1 else "bandwidth"
-    return [32 * world_size / seconds for seconds in t4(32, world_size, vary)]
-
-
-def t4_minutes(world_size: int) -> list[float]:
-    return [EPOCH_ROWS / rate / 60 for rate in t4_rate(world_size)]
-
-
-def t4_strong(rows: int) -> list[float]:
-    """One process over two at the same global batch, 2 x rows."""
-    return [one / two for one, two in zip(t4(2 * rows, 1), t4(rows, 2), strict=True)]
-
-
-def t4_weak(rows: int, **how) -> list[float]:
-    alone = t4(rows, 1, **{"accumulation": 1} | how)
-    return [2 * one / two for one, two in zip(alone, t4(rows, 2, **how), strict=True)]
-
-
-def t4_levers(rows: int) -> list[tuple[str, dict]]:
-    found = speeds()[:1]
-    touched = int(found[0].exchange(rows).touched) if found and found[0].ddp else 0
-    sparse = {"touched": touched} if touched else {}
-    levers = [("plain", {}), ("`--grad-compression fp16`", {"compressed": True})]
-    if sparse:
-        levers += [("`--sparse-embeddings`", sparse), ("both", {"compressed": True} | sparse)]
-    return [*levers, ("4 accumulated", {"accumulation": 4})]
-
-
-def paper() -> list[tuple[str, str, list[float]]]:
-    """(how, link, efficiencies of 8, 64 and 512 GPUs)."""
-    ways = {"32 rows a GPU": (32, {}), "128 rows": (128, {})}
-    ways |= {"32 rows, 4 accumulated": (32, {"accumulation": 4})}
-    ways |= {"32 rows, 16-bit gradients": (32, {"compressed": True})}
-    ways |= {"128 rows, both": (128, {"accumulation": 4, "compressed": True})}
-    return [
-        (
-            name,
-            link,
-            [
-                gpu_step(gpu, FLOP, rows, 1, **how) / gpu_step(gpu, FLOP, rows, n, **how)
-                for n in (8, 64, 512)
-            ],
-        )
-        for name, (rows, how) in ways.items()
-        for link, gpu in PAPER.items()
-    ]
 
 
 # Records with a form of their own
@@ -183,31 +119,13 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found = speeds()
-    env.filters |= {
-        "measured": measured,
-        "predicted": predicted,
-        "recipe": recipe,
-        "short": short,
-        "trained_on": trained_on,
-        "accuracy": "{:.4f}".format,
-        "ms": lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}",
-    }
+    env.filters |= {f.__name__: f for f in (measured, predicted, recipe, short, trained_on)}
+    env.filters["accuracy"] = "{:.4f}".format
+    env.filters["ms"] = lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}"
     env.tests["empty"] = lambda values: not len(values)
-    functions = (read, runs, serving, where, statuses, standard_error, mark, kill_groups)
-    functions += (corrupt_share, paper, t4, t4_rate, t4_minutes, t4_strong, t4_weak, t4_levers)
-    env.globals |= {function.__name__: function for function in functions}
-    env.globals |= {
-        "speeds": found,
-        "speed": found[0] if found else None,
-        "plots": plots.draw(),
-        "curves": plots.curves(),
-        "timeline": timeline.summary(),
-        "T4": T4,
-        "PAPER": next(iter(cost_model.PAPER.values())),
-        "SERVERS": SERVERS,
-        "EPOCH_ROWS": EPOCH_ROWS,
-        "ENOUGH_STEPS": ENOUGH_STEPS,
-    }
+    env.globals |= vars(cost_model) | vars(figures) | globals()
+    env.globals |= {"speeds": found, "speed": found[0] if found else None, "plots": plots.draw()}
+    env.globals |= {"curves": plots.curves(), "timeline": timeline.summary()}
     return env
 
 
