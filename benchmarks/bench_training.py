@@ -21,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -69,7 +71,7 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
     """What step_pieces.py measures in a launch of `world_size` processes."""
     # The largest first: the others reuse the memory that it took. The cost model is calibrated on
     # 16, 64 and 128 rows; 12, 24, 48, 96 and 3 accumulations were added after that rule was fixed.
-    batches = (32, 16, 8) if quick else (128, 96, 64, 48, 32, 24, 16, 12, 8)
+    batches = (16, 8) if quick else (128, 96, 64, 48, 32, 24, 16, 12, 8)
     accumulations = (2,) if quick else (2, 3, 4)
     middle = 16 if quick else 32  # a process's share in the waterfall
     variant = "single" if world_size == 1 else "ddp"
@@ -82,7 +84,7 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
             chosen += [{"variant": "single", "micro": 32, "precision": "fp32"}]
             chosen += [{"variant": "single", "micro": 32, "compiled": True}]
     else:
-        known = (8, 16, 32) if quick else (16, 32, 64, 128)
+        known = (8, 16) if quick else (16, 32, 64, 128)
         levers = [{"compression": "bf16"}, {"compression": "fp16"}, {"sparse_embeddings": True}]
         chosen += [{"variant": "no_sync", "micro": micro} for micro in known]
         chosen += [{"variant": "no_communication", "micro": middle}]
@@ -91,7 +93,7 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
             for lever in (levers[::2] if quick else levers)
             for micro in ((8,) if quick else (8, 32))
         ]
-    steps = (10 if quick else 30) if cuda else (2 if quick else 3)
+    steps = (10 if quick else 30) if cuda else (1 if quick else 3)
     return [SETTING | {"precision": precision, "steps": steps} | one for one in chosen]
 
 
@@ -120,7 +122,7 @@ class Bench:
         self.long, self.short = ((340, 340) if cuda else (50, 20)) if not quick else (80, 80)
         self.warm_up = 20 if cuda else 10
         if quick and not cuda:
-            self.long, self.short, self.warm_up = 8, 6, 2
+            self.long, self.short, self.warm_up = 6, 6, 2
 
     def start(self, command: list, threads: int, gpus: range) -> subprocess.Popen:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.devices))))
@@ -175,14 +177,18 @@ class Bench:
 
         return wait
 
-    def trainer(self, name: str, flags: dict, steps: int, *more: str, kind="script") -> dict:
+    def one(self, *args) -> list[dict]:
+        return [self.script(*args)()]
+
+    def trainer(self, name: str, flags: dict, steps: int, kind="script") -> list[dict]:
+        more = ["--pad-to-max"] if name == "naive" else []
         warm_up = min(5, steps // 3)
         command = ["-m", "benchmarks.trainer_baseline", self.backbone, self.source, steps, warm_up]
         process = self.start([*command, json.dumps(flags), *more], self.cores, range(1))
         figures = json.loads(self.finish(process).splitlines()[-1])
         precision = next((p for p in ("bf16", "fp16") if flags.get(p)), "fp32")
         row = {"kind": kind, "name": name, "precision": precision, "flags": json.dumps(flags)}
-        return row | figures | {"steps": steps - warm_up, "warm_up": warm_up}
+        return [row | figures | {"steps": steps - warm_up, "warm_up": warm_up}]
 
     def search(self, precision: str) -> list[dict]:
         """Trainer with every combination of GRID in this precision and in fp32."""
@@ -191,7 +197,7 @@ class Bench:
             flags = {precision: True} if half and precision != "fp32" else {}
             flags |= dict(zip(list(GRID)[1:], others, strict=True))
             if half or precision != "fp32":
-                rows.append(self.trainer("grid", flags, steps, kind="grid"))
+                rows += self.trainer("grid", flags, steps, kind="grid")
         return rows
 
     def pieces(self, launch: str, world_size: int, threads: int, precision: str) -> list[dict]:
@@ -207,55 +213,28 @@ class Bench:
         self.finish(self.start(command, threads, range(world_size)))
         return [{"launch": launch, "threads": threads} | row for row in json.loads(out.read_text())]
 
-    def parts(self, precision: str, best: dict[str, dict]) -> list[tuple[str, float, object]]:
+    def parts(self, precision: str, best: dict[str, dict]) -> list[tuple[str, float, Callable]]:
         """A round: (what, about how many seconds on two CPU cores, the call that returns rows)."""
-        long, short, cores = self.long, self.short, self.cores
-        parts = [
-            ("train_single.py", long, lambda: [self.script(1, cores, long, "single")()]),
-            *(
-                (
-                    f"Trainer, {name}",
-                    short * (5 if name in ("trainer_defaults", "naive") else 2.5),
-                    lambda name=name, flags=flags: [
-                        self.trainer(
-                            name, flags, short, *(["--pad-to-max"] if name == "naive" else [])
-                        )
-                    ],
-                )
-                for name, flags in best.items()
-            ),
-        ]
+        cores, long, short = self.cores, self.long, self.short
+        parts = [("train_single.py", long, partial(self.one, 1, cores, long, "single"))]
+        for name, flags in best.items():
+            seconds = short * (2.5 if "best" in name else 5)
+            parts.append((f"Trainer, {name}", seconds, partial(self.trainer, name, flags, short)))
         if precision != "fp32" and not self.quick:
-            fp32 = ("--precision", "fp32")
-            call = self.script
-            parts.append(
-                (
-                    "train_single.py in fp32",
-                    3.2 * short,
-                    lambda: [call(1, cores, short, "single_fp32", *fp32)()],
-                )
-            )
+            call = partial(self.one, 1, cores, short, "single_fp32", "--precision", "fp32")
+            parts.append(("train_single.py in fp32", 3.2 * short, call))
         if self.devices > 1:
-            parts += [
-                ("train_ddp.py", 1.3 * long, lambda: [self.script(2, self.threads, long, "ddp")()]),
-                ("two processes without communication", 1.7 * short, self.no_communication),
-            ]
-        for world_size in (n for n in WORLD_SIZES if n <= self.devices):
-            parts.append(
-                (
-                    f"pieces of a step, world size {world_size}",
-                    40 if self.quick else 150,
-                    lambda n=world_size: self.pieces(str(n), n, self.threads, precision),
-                )
-            )
-        if not (self.cuda or self.quick) and self.devices > 1:  # one process with all cores
-            parts.append(
-                (
-                    "pieces of a step, all cores",
-                    70,
-                    lambda: self.pieces("all cores", 1, cores, precision),
-                )
-            )
+            call = partial(self.one, 2, self.threads, long, "ddp")
+            parts.append(("train_ddp.py", 1.3 * long, call))
+        if self.devices > 1 and not self.quick:
+            what = "two processes without communication"
+            parts.append((what, 1.7 * short, self.no_communication))
+        launches = [(str(n), n, self.threads) for n in WORLD_SIZES if n <= self.devices]
+        if self.devices > 1 and not (self.cuda or self.quick):  # one process with all cores
+            launches.append(("all cores", 1, cores))
+        for launch in launches:
+            call = partial(self.pieces, *launch, precision)
+            parts.append((f"pieces of a step, {launch[0]}", 30 if self.quick else 150, call))
         return parts
 
     def no_communication(self) -> list[dict]:
@@ -294,7 +273,7 @@ def run_rounds(bench: Bench, precision: str, minutes: float) -> list[dict]:
         print(f"[{(time.perf_counter() - t0) / 60:.1f} min] {line}", flush=True)
 
     if bench.quick:
-        best = {"trainer_defaults": {}}
+        best = {}  # Trainer alone would take as long as the rest
     else:
         say("Trainer's flags: a grid")
         rows += bench.search(precision)
@@ -321,7 +300,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="one small round, under three minutes on two cores")
+    add("--quick", action="store_true", help="one small round without Trainer, under three minutes")
     add(
         "--record",
         action="store_true",

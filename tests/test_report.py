@@ -37,11 +37,11 @@ def test_without_records_every_page_says_what_would_measure(records):
     commands = {
         "single_gpu": "`make bench ARGS=--record`",
         "ddp_2gpu": "`python -m benchmarks.timeline --record`",
-        "inference": "`python -m benchmarks.bench_inference`",
+        "inference": "`python -m benchmarks.bench_inference --record`",
         "reliability": "`make faults`",
         "sections/interview": "`make bench ARGS=--record`",
         "sections/picture": "`python -m benchmarks.timeline --record`",
-        "sections/serving": "`python -m benchmarks.bench_inference`",
+        "sections/serving": "`python -m benchmarks.bench_inference --record`",
     }
     for name, command in commands.items():
         assert command in page(name), name
