@@ -55,6 +55,8 @@ class Speed:
             record,
             pd.DataFrame(record["rows"]).rename(columns={"name": "name_"}),
         )
+        if "flags" not in self.rows:  # a quick round is without Trainer
+            self.rows["flags"] = None
         self.cuda = record["device"] == "cuda"
         self.launches = list(self.rows.launch.dropna().unique())
         self.ddp = "2" in self.launches

@@ -99,7 +99,7 @@ def speed_record(host="a host", **header) -> dict:
                 "sparse_seconds": 0.1,
             }
         )
-    script = {"kind": "script", "precision": "bf16", "peak_memory_mb": 100.0, "flags": "{}"}
+    script = {"kind": "script", "precision": "bf16", "peak_memory_mb": 100.0}  # no flags: quick
     for name, rate in (("single", 20.0), ("ddp", 30.0), ("trainer_best", 10.0)):
         steps = {"name": name, "samples_per_second": rate, "steps": 40, "warm_up": 10}
         rows.append(script | steps)
