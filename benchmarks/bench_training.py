@@ -1,16 +1,18 @@
 """How fast training is here, whole and in pieces, in one process and in several.
 
-python -m benchmarks.bench_training [--quick] [--device cpu|cuda] [--minutes 35] [--out FILE]
+python -m benchmarks.bench_training [--quick] [--record] [--device cpu|cuda] [--minutes 60]
 
 DistilBERT-base with random weights (speed does not depend on their values), or another --model;
 real text lengths, from AG_NEWS_DIR or else the sample. A round runs everything once: the real
 scripts, transformers' Trainer, and step_pieces.py for every world size, so that a noisy minute
 strikes all; then again, three times at most, as the minutes allow. A device is a GPU, or an equal
-share of the CPU's cores.
+share of the CPU's cores. Trainer's best flags are searched first, over a small grid.
+The record, one flat row a measurement, goes to runs/, with --record to benchmarks/results/.
 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 shows a CPU with AMX as one without.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -19,7 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -27,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.cost_model import flops_per_sample
+from benchmarks.figures import RESULTS, ROOT, Speed, write_record
 from training import errors, machine, utils
 from training.dataset import DataError, prepare_data
 from training.model import (
@@ -38,14 +44,19 @@ from training.model import (
     read_config,
 )
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 BATCH = 32  # rows of a process's step in the real scripts and in Trainer
 WORLD_SIZES = (1, 2, 4)
+SETTING = {"accumulation": 1, "compression": "none", "sparse_embeddings": False, "compiled": False}
+GRID = {
+    "bf16": [True, False],
+    "train_sampling_strategy": ["group_by_length", "random"],
+    "optim": ["adamw_torch_fused", "adamw_torch"],
+}
 
 
-def make_backbone(folder: Path) -> None:
+def make_backbone(folder: Path) -> Path:
     """DistilBERT-base's shape with random weights, its tokenizer from the packaged backbone."""
+    folder.mkdir()
     torch.manual_seed(0)
     model = NewsClassifier(Config())
     save_file(model.distilbert.state_dict(), folder / "model.safetensors")
@@ -53,54 +64,84 @@ def make_backbone(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(shape))
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         shutil.copy(packaged_backbone() / name, folder)
+    return folder
 
 
 def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[dict]:
     """What step_pieces.py measures in a launch of `world_size` processes."""
-    # the largest first: what it takes of fresh memory the others find there
-    batches = (32, 16, 8) if quick else (128, 64, 32, 16, 8)
-    known = (8, 32) if quick else (16, 64, 128)
+    # The largest first: the others reuse the memory that it took. The cost model is calibrated on
+    # 16, 64 and 128 rows; 12, 24, 48, 96 and 3 accumulations were added after that rule was fixed.
+    batches = (16, 8) if quick else (128, 96, 64, 48, 32, 24, 16, 12, 8)
+    accumulations = (2,) if quick else (2, 3, 4)
     middle = 16 if quick else 32  # a process's share in the waterfall
-    accumulations = (2,) if quick else (2, 4)
+    variant = "single" if world_size == 1 else "ddp"
+    chosen = [{"variant": variant, "micro": micro} for micro in batches]
+    chosen += [{"variant": variant, "micro": 16, "accumulation": k} for k in accumulations]
     if world_size == 1:
-        twice = () if quick else (2 * batches[0],)  # what two processes of the largest are up to
-        chosen = [{"variant": "single", "micro": micro} for micro in (*twice, *batches)]
-        chosen += [{"variant": "single", "micro": 16, "accumulation": k} for k in accumulations]
+        doubled = {2 * micro for micro in batches} - {*batches}  # the global batches of two
+        chosen = [{"variant": "single", "micro": micro} for micro in sorted(doubled)[::-1]] + chosen
         if cuda:
-            chosen += [{"variant": "single", "micro": 32, "precision": "fp32"},
-                       {"variant": "single", "micro": 32, "compiled": True}]  # fmt: skip
+            chosen += [{"variant": "single", "micro": 32, "precision": "fp32"}]
+            chosen += [{"variant": "single", "micro": 32, "compiled": True}]
     else:
-        chosen = [{"variant": "ddp", "micro": micro} for micro in batches]
-        chosen += [{"variant": "ddp", "micro": 16, "accumulation": k} for k in accumulations]
-        chosen += [{"variant": "no_sync", "micro": micro} for micro in sorted({*known, middle})]
-        chosen += [{"variant": "apart", "micro": middle}]
-        chosen += [{"variant": "ddp", "micro": micro, "compression": kind}
-                   for kind in (("bf16",) if quick else ("bf16", "fp16"))
-                   for micro in ((8,) if quick else (8, 32))]  # fmt: skip
-        chosen += [{"variant": "ddp", "micro": micro, "sparse": True}
-                   for micro in ((8,) if quick else (8, 32))]  # fmt: skip
-    steps = (10 if quick else 30) if cuda else (2 if quick else 3)
-    return [{"precision": precision, "steps": steps} | one for one in chosen]
+        known = (8, 16) if quick else (16, 32, 64, 128)
+        levers = [{"compression": "bf16"}, {"compression": "fp16"}, {"sparse_embeddings": True}]
+        chosen += [{"variant": "no_sync", "micro": micro} for micro in known]
+        chosen += [{"variant": "no_communication", "micro": middle}]
+        chosen += [
+            {"variant": "ddp", "micro": micro} | lever
+            for lever in (levers[::2] if quick else levers)
+            for micro in ((8,) if quick else (8, 32))
+        ]
+    steps = (10 if quick else 30) if cuda else (1 if quick else 3)
+    return [SETTING | {"precision": precision, "steps": steps} | one for one in chosen]
+
+
+def samples_per_second(record: dict, warm_up: int) -> dict:
+    """The rate of a run's steps after the first `warm_up`, from its curve, and their number."""
+    seconds, first, before = 0.0, None, 0
+    for point in record["curve"]:  # a point's rate covers the steps since the one before
+        if before >= warm_up:
+            first = before if first is None else first
+            rows = (point["step"] - before) * record["global_batch_size"]
+            seconds += rows / point["samples_per_second"]
+        before = point["step"]
+    rate = (before - first) * record["global_batch_size"] / seconds
+    return {"samples_per_second": rate, "steps": before - first, "warm_up": first}
 
 
 class Bench:
     """Starts what is measured; `devices` GPUs, or shares of the cores with `threads` each."""
 
-    def __init__(self, backbone: Path, source: str, rows: int, folder: Path, cuda, devices: int):
-        self.backbone, self.source, self.rows, self.folder = backbone, source, rows, folder
-        self.cuda, self.devices = cuda, devices
+    def __init__(self, backbone: Path, source: str, folder: Path, cuda, devices: int, quick: bool):
+        self.backbone, self.source, self.folder = backbone, source, folder
+        self.cuda, self.devices, self.quick = cuda, devices, quick
         self.threads = max(1, machine.cores() // devices)
+        self.cores = self.threads * devices
+        # our scripts: long enough for an estimate of an epoch; comparisons: long enough for a ratio
+        self.long, self.short = ((340, 340) if cuda else (50, 20)) if not quick else (80, 80)
+        self.warm_up = 20 if cuda else 10
+        if quick and not cuda:
+            self.long, self.short, self.warm_up = 6, 6, 2
 
     def start(self, command: list, threads: int, gpus: range) -> subprocess.Popen:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(self.devices))))
         visible = ",".join(seen.split(",")[gpu] for gpu in gpus) if self.cuda else ""
-        env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT),
-               "CUDA_VISIBLE_DEVICES": visible,
-               "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}  # fmt: skip
+        env = {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": visible,
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        }
         return subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=self.folder, env=os.environ | env,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [sys.executable, *map(str, command)],
+            cwd=self.folder,
+            env=os.environ | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def finish(self, process: subprocess.Popen) -> str:
         out, _ = process.communicate()
@@ -114,79 +155,161 @@ class Bench:
         launcher = ROOT / "training" / "torchrun.py"
         return [launcher, "--standalone", "--nproc-per-node", world_size]
 
-    def script(self, world_size: int, threads: int, name: str, device=0):
-        """Starts a real script at BATCH rows a process; what is returned waits for its record."""
-        report = self.folder / f"{name}.json"
+    def script(self, world_size: int, threads: int, steps: int, name: str, *flags, device=0):
+        """Starts a real script at BATCH rows a process; what is returned waits for its figures."""
+        report, batch = self.folder / f"{name}.json", world_size * BATCH
         script = ROOT / "training" / ("train_ddp.py" if world_size > 1 else "train_single.py")
-        flags = ["--model", self.backbone, "--data", self.source, "--max-train-samples",
-                 world_size * self.rows, "--max-eval-samples", 8, "--epochs", 1,
-                 "--global-batch-size", world_size * BATCH, "--fresh",
-                 "--checkpoint-dir", self.folder / name, "--report", report]  # fmt: skip
+        flags = [*flags, "--model", self.backbone, "--data", self.source, "--fresh"]
+        if self.source != "sample":
+            flags += ["--max-train-samples", steps * batch + 64]
+        flags += ["--max-eval-samples", 8, "--epochs", 1000, "--max-steps", steps]
+        flags += ["--global-batch-size", batch, "--micro-batch-size", BATCH, "--save-every", 10**6]
+        flags += ["--checkpoint-dir", self.folder / name, "--report", report]
         gpus = range(device, device + world_size)
         process = self.start([*self.launch(world_size), script, *flags], threads, gpus)
 
         def wait() -> dict:
             self.finish(process)
             record = json.loads(report.read_text())
-            epoch = record["epochs"][0]
-            figures = {"samples_per_second": epoch["samples_per_second"]}
-            return figures | {"peak_memory_mb": record["peak_memory_mb"]}
+            figures = samples_per_second(record, self.warm_up)
+            more = {name: record[name] for name in ("precision", "peak_memory_mb")}
+            return {"kind": "script", "name": name} | figures | more
 
         return wait
 
-    def trainer(self, *flags: str) -> dict:
-        command = ["-m", "benchmarks.trainer_baseline", self.backbone, self.source, self.rows]
-        process = self.start([*command, *flags], self.threads * self.devices, range(1))
-        return json.loads(self.finish(process).splitlines()[-1])
+    def one(self, *args) -> list[dict]:
+        return [self.script(*args)()]
 
-    def scripts(self) -> dict[str, dict]:
-        """The real scripts and Trainer: one process has all cores, or one GPU."""
-        cores = self.threads * self.devices
-        result = {"single": self.script(1, cores, "single")()}
-        result["trainer_best"] = self.trainer("--best")
-        result["trainer_defaults"] = self.trainer()
-        result["naive"] = self.trainer("--pad-to-max")
-        if self.devices > 1:
-            result["ddp"] = self.script(2, self.threads, "ddp")()
-            apart = [self.script(1, self.threads, f"apart{n}", device=n) for n in range(2)]
-            rates = [wait()["samples_per_second"] for wait in apart]
-            result["two_apart"] = {"samples_per_second": sum(rates)}
-        return result
+    def trainer(self, name: str, flags: dict, steps: int, kind="script") -> list[dict]:
+        more = ["--pad-to-max"] if name == "naive" else []
+        warm_up = min(5, steps // 3)
+        command = ["-m", "benchmarks.trainer_baseline", self.backbone, self.source, steps, warm_up]
+        process = self.start([*command, json.dumps(flags), *more], self.cores, range(1))
+        figures = json.loads(self.finish(process).splitlines()[-1])
+        precision = next((p for p in ("bf16", "fp16") if flags.get(p)), "fp32")
+        row = {"kind": kind, "name": name, "precision": precision, "flags": json.dumps(flags)}
+        return [row | figures | {"steps": steps - warm_up, "warm_up": warm_up}]
 
-    def pieces(self, world_size: int, threads: int, chosen: list[dict], precision: str) -> dict:
+    def search(self, precision: str) -> list[dict]:
+        """Trainer with every combination of GRID in this precision and in fp32."""
+        rows, steps = [], 100 if self.cuda else 10
+        for half, *others in itertools.product(*GRID.values()):
+            flags = {precision: True} if half and precision != "fp32" else {}
+            flags |= dict(zip(list(GRID)[1:], others, strict=True))
+            if half or precision != "fp32":
+                rows += self.trainer("grid", flags, steps, kind="grid")
+        return rows
+
+    def pieces(self, launch: str, world_size: int, threads: int, precision: str) -> list[dict]:
+        chosen = settings(world_size, precision, self.cuda, self.quick)
         plan, out = self.folder / "plan.json", self.folder / "out.json"
-        plan.write_text(json.dumps({"backbone": str(self.backbone), "source": self.source,
-                                    "precision": precision, "settings": chosen}))  # fmt: skip
+        plan.write_text(
+            json.dumps(
+                {"backbone": str(self.backbone), "source": self.source}
+                | {"precision": precision, "settings": chosen}
+            )
+        )
         command = [*self.launch(world_size), "-m", "benchmarks.step_pieces", plan, out]
         self.finish(self.start(command, threads, range(world_size)))
-        return json.loads(out.read_text())
+        return [{"launch": launch, "threads": threads} | row for row in json.loads(out.read_text())]
 
-    def round(self, precision: str, quick: bool) -> dict:
-        result = {"scripts": self.scripts(), "pieces": {}}
-        for world_size in (n for n in WORLD_SIZES if n <= self.devices):
-            chosen = settings(world_size, precision, self.cuda, quick)
-            result["pieces"][str(world_size)] = self.pieces(
-                world_size, self.threads, chosen, precision
-            )
-        if not (self.cuda or quick) and self.devices > 1:  # what one process makes of all cores
-            chosen = settings(1, precision, False, quick)
-            cores = self.threads * self.devices
-            result["pieces"]["all cores"] = self.pieces(1, cores, chosen, precision)
-        return result
+    def parts(self, precision: str, best: dict[str, dict]) -> list[tuple[str, float, Callable]]:
+        """A round: (what, about how many seconds on two CPU cores, the call that returns rows)."""
+        cores, long, short = self.cores, self.long, self.short
+        parts = [("train_single.py", long, partial(self.one, 1, cores, long, "single"))]
+        for name, flags in best.items():
+            seconds = short * (2.5 if "best" in name else 5)
+            parts.append((f"Trainer, {name}", seconds, partial(self.trainer, name, flags, short)))
+        if precision != "fp32" and not self.quick:
+            call = partial(self.one, 1, cores, short, "single_fp32", "--precision", "fp32")
+            parts.append(("train_single.py in fp32", 3.2 * short, call))
+        if self.devices > 1:
+            call = partial(self.one, 2, self.threads, long, "ddp")
+            parts.append(("train_ddp.py", 1.3 * long, call))
+        if self.devices > 1 and not self.quick:
+            what = "two processes without communication"
+            parts.append((what, 1.7 * short, self.no_communication))
+        launches = [(str(n), n, self.threads) for n in WORLD_SIZES if n <= self.devices]
+        if self.devices > 1 and not (self.cuda or self.quick):  # one process with all cores
+            launches.append(("all cores", 1, cores))
+        for launch in launches:
+            call = partial(self.pieces, *launch, precision)
+            parts.append((f"pieces of a step, {launch[0]}", 30 if self.quick else 150, call))
+        return parts
+
+    def no_communication(self) -> list[dict]:
+        """Two processes that train side by side; their rates together."""
+        runs = [self.script(1, self.threads, self.short, f"alone{n}", device=n) for n in range(2)]
+        rows = [wait() for wait in runs]
+        total = sum(row["samples_per_second"] for row in rows)
+        return [rows[0] | {"name": "no_communication", "samples_per_second": total}]
+
+
+def cpu_instructions() -> str:
+    """The best 16-bit arithmetic of this CPU, which decides its speed."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "unknown"
+    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "no bf16")
+
+
+def best_flags(rows: list[dict], precision: str) -> dict[str, dict]:
+    """What Trainer runs with in each round: {name: flags}; best in our precision, and in fp32."""
+    best = {"trainer_defaults": {}}
+    for name, kind in (("trainer_best", precision), ("trainer_best_fp32", "fp32")):
+        tried = [row for row in rows if row["precision"] == kind]
+        if name == "trainer_best" or precision != "fp32":
+            fastest = max(tried, key=lambda row: row["samples_per_second"])
+            best[name] = json.loads(fastest["flags"])
+    return best | {"naive": {}}
+
+
+def run_rounds(bench: Bench, precision: str, minutes: float) -> list[dict]:
+    """All rows of all rounds, with a line of progress before each part."""
+    t0, rows, rounds = time.perf_counter(), [], 1 if bench.quick else 3
+
+    def say(line: str) -> None:
+        print(f"[{(time.perf_counter() - t0) / 60:.1f} min] {line}", flush=True)
+
+    if bench.quick:
+        best = {}  # Trainer alone would take as long as the rest
+    else:
+        say("Trainer's flags: a grid")
+        rows += bench.search(precision)
+        best = best_flags(rows, precision)
+    parts, began = bench.parts(precision, best), time.perf_counter()
+    weights = [weight for _, weight, _ in parts]
+    for number in range(rounds):
+        for position, (name, _, call) in enumerate(parts):
+            done = number * sum(weights) + sum(weights[:position])
+            rest, spent = rounds * sum(weights) - done, time.perf_counter() - began
+            left = spent * rest / done if done else rest
+            say(f"round {number + 1} of {rounds}: {name}; about {left / 60:.0f} min left")
+            rows += [{"round": number} | row for row in call()]
+        spent = (time.perf_counter() - t0) / 60
+        each = (time.perf_counter() - began) / 60 / (number + 1)
+        if number + 1 < rounds and spent + each > minutes:
+            say(f"another round would end after --minutes {minutes:g}")
+            break
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one small round, for a first look")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--model", default="base", help="packaged, a name or a folder (default: "
-                        "DistilBERT-base's shape, random weights)")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=35, help="no round starts that would end "
-                        "later, but for the first")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_speed.json; "
-                        "with --quick: runs/training_speed_quick.json")  # fmt: skip
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one small round without Trainer, under three minutes")
+    add(
+        "--record",
+        action="store_true",
+        help="write to benchmarks/results/, which make report reads",
+    )
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    add("--model", default="base", help="packaged, a name or a folder (default: random weights)")
+    add("--minutes", type=float, default=60, help="start no round that would end later")
+    add("--out", type=Path, help="write to this file instead")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise utils.UsageError("--device cuda needs a GPU, and none is visible; use --device cpu")
@@ -197,42 +320,52 @@ def main() -> None:
     precision, _ = utils.choose_precision("auto", device)
     source = os.environ.get("AG_NEWS_DIR", "sample")
     source = source if source == "sample" else str(Path(source).resolve())
-    rows = {(False, True): 64, (False, False): 192, (True, True): 1920, (True, False): 9600}
-    rounds, began = [], time.perf_counter()
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(
+            f"warning: other programs are running (load average {load:.1f}); the figures will be "
+            "too low, and their ratios wrong",
+            file=sys.stderr,
+        )
+    started, t0 = datetime.now().isoformat(timespec="seconds"), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        backbone, model = Path(folder) / "backbone", "DistilBERT-base, random weights"
         if args.model == "base":
-            backbone, model = Path(folder) / "backbone", "DistilBERT-base, random weights"
-            backbone.mkdir()
             make_backbone(backbone)
         else:
             backbone, model, _ = find_backbone(args.model)
         config = read_config(json.loads((backbone / "config.json").read_text()))
-        data = prepare_data(source, backbone, 128, rows[cuda, args.quick], 8).train
-        flops = fmean(flops_per_sample(config, int(tokens)) for tokens in data.lengths)
-        bench = Bench(backbone.resolve(), source, len(data), Path(folder), cuda, devices)
-        while len(rounds) < (1 if args.quick else 3):
-            rounds.append(bench.round(precision, args.quick))
-            minutes = (time.perf_counter() - began) / 60
-            rates = {name: round(figures["samples_per_second"], 1)
-                     for name, figures in rounds[-1]["scripts"].items()}  # fmt: skip
-            print(f"round {len(rounds)}, after {minutes:.1f} min, samples/s:", rates, flush=True)
-            if minutes * (len(rounds) + 1) / len(rounds) > args.minutes:
-                break
+        lengths = prepare_data(source, backbone, 128, None, 8).train.lengths
+        flops = fmean(flops_per_sample(config, int(tokens)) for tokens in lengths)
+        bench = Bench(backbone.resolve(), source, Path(folder), cuda, devices, args.quick)
+        rows = run_rounds(bench, precision, args.minutes)
     command = ["python", "-m", "benchmarks.bench_training", *sys.argv[1:]]
     record = {
-        "script": "bench_training", "command": shlex.join(command), "host": machine.host(device),
-        "device": device.type, "devices": devices, "versions": machine.versions(),
-        "git_commit": machine.git_commit(), "minutes": (time.perf_counter() - began) / 60,
+        "script": "bench_training",
+        "command": shlex.join(command),
+        "started": started,
+        "host": machine.host(device),
+        "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "" if cuda else cpu_instructions()),
+        "load_average": load,
+        "device": device.type,
+        "devices": devices,
+        "versions": machine.versions(),
+        "git_commit": machine.git_commit(),
+        "minutes": (time.perf_counter() - t0) / 60,
         "data": source if source == "sample" else f"folder {Path(source).name}",
-        "model": model, "config": asdict(config), "precision": precision, "batch": BATCH,
-        "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the CPU has"),
-        "rows": len(data), "mean_tokens": float(data.lengths.mean()),
-        "gflop_per_sample": flops / 1e9, "rounds": rounds,
-    }  # fmt: skip
-    default = ROOT / "runs" / "training_speed_quick.json"
-    out = args.out or (default if args.quick else RESULTS / "training_speed.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+        "model": model,
+        "config": asdict(config),
+        "precision": precision,
+        "batch": BATCH,
+        "mean_tokens": float(lengths.mean()),
+        "gflop_per_sample": flops / 1e9,
+        "rows": rows,
+    }
+    speed = Speed(record)
+    folder, name = (RESULTS, speed.slug) if args.record else (ROOT / "runs", "quick" * args.quick)
+    out = args.out or folder / f"training_speed{name and '_'}{name}.json"
+    write_record(out, record, rows)
+    print(speed.summary())
     print(f"wrote {out}")
 
 

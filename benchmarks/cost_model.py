@@ -8,7 +8,10 @@ buckets: Li et al., PyTorch Distributed, VLDB 2020, section 3.2.3.
 """
 
 from bisect import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+
+from training.model import Config
 
 MIB = 2**20
 
@@ -36,12 +39,12 @@ def all_reduce(size: float, world_size: int, latency: float, bandwidth: float) -
     return messages * (latency + size / world_size / bandwidth)
 
 
-def between(points: tuple[tuple[float, float], ...], x: float) -> float:
-    """y at x on straight lines from point to point; the first and the last line go on for ever.
+def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:
+    """y at x on straight lines from point to point; the first and the last line are extended.
 
     One line will not do: activations that leave the caches make every further token dearer.
     """
-    right = min(max(1, bisect([at for at, _ in points], x)), len(points) - 1)
+    right = min(max(1, bisect([known for known, _ in points], x)), len(points) - 1)
     (x0, y0), (x1, y1) = points[right - 1 : right + 1]
     return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
@@ -63,8 +66,8 @@ def exposed(ready: list[float], seconds: list[float], backward: float) -> float:
     """Communication that backward does not hide: one all-reduce at a time, each from when its
     bucket is ready and the one before is done."""
     end = 0.0
-    for at, spent in zip(ready, seconds, strict=True):
-        end = max(end, at) + spent
+    for start, spent in zip(ready, seconds, strict=True):
+        end = max(end, start) + spent
     return max(0.0, end - backward)
 
 
@@ -75,7 +78,7 @@ class Pieces:
     compute: tuple[tuple[float, float], ...]  # (padded tokens, forward and backward of them)
     update: float  # clip and optimizer, once a step
     data: float  # collating, for every token
-    agree: float  # the ranks' agreement on going on, once a step
+    sync_flags: float  # the all-reduce of metrics and stop flags, once a step
     imbalance: float  # part of compute by which the slowest rank exceeds the mean
     buckets: tuple[float, ...] = ()  # bytes of gradients, in the order of filling
     seconds: tuple[float, ...] = ()  # of each bucket's all-reduce, nothing else running
@@ -89,7 +92,7 @@ def step(pieces: Pieces, tokens: float, accumulation: int = 1) -> float:
     On a CPU whose cores all compute, communication takes the cores away from backward, so none of
     it is hidden. On a GPU it runs beside backward. Backward is two thirds of a micro-batch.
     """
-    micro = between(pieces.compute, tokens)
+    micro = interpolate(pieces.compute, tokens)
     if pieces.overlap and pieces.buckets:
         backward = micro * 2 / 3
         ready = ready_times(list(pieces.buckets), pieces.embeddings, backward)
@@ -98,55 +101,147 @@ def step(pieces: Pieces, tokens: float, accumulation: int = 1) -> float:
         shown = sum(pieces.seconds)
     compute = accumulation * micro * (1 + pieces.imbalance)
     data = accumulation * tokens * pieces.data
-    return compute + shown + pieces.update + pieces.agree + data
+    return compute + shown + pieces.update + pieces.sync_flags + data
 
 
-def waterfall(one: dict, alone: dict, apart: dict, no_sync: dict, ddp: dict) -> list[tuple]:
-    """[(name, seconds)] that lead from one process's step to that of DDP at the same global batch.
+def waterfall(one: dict, alone: dict, no_communication: dict, no_sync: dict, ddp: dict) -> dict:
+    """{name: seconds} that lead from one process's step to that of DDP at the same global batch.
 
     `one` is a process at the global batch; `alone` at its share of it, nothing else running;
-    `apart` the same in every process at once, none talking; `no_sync` and `ddp` the real thing
-    without and with communication. Each: {"step", "update", "imbalance"} in seconds. The steps
+    `no_communication` the same in every process at once; `no_sync` and `ddp` the wrapped model
+    without and with its all-reduce. Each: {"step", "update", "imbalance"} in seconds. The entries
     between the first two and the last are what was lost; they add up to it exactly.
     """
     world_size = ddp["world_size"]
     ideal = one["step"] / world_size
     serial = alone["update"] - one["update"] / world_size
-    rows = [
-        ("one process", one["step"]),
-        ("ideal share", ideal),
-        ("update, done by every rank", serial),
-        ("smaller batches", alone["step"] - ideal - serial),
-        ("contention for the machine", apart["step"] - alone["step"]),
-        ("imbalance of the ranks", no_sync["imbalance"]),
-        ("exposed communication", ddp["step"] - no_sync["step"]),
-    ]
-    lost = ddp["step"] - ideal - sum(seconds for _, seconds in rows[2:])
-    return [*rows, ("unexplained", lost), ("DDP, measured", ddp["step"])]
+    lost = {
+        "update, done by every rank": serial,
+        "smaller batches": alone["step"] - ideal - serial,
+        "contention for the machine": no_communication["step"] - alone["step"],
+        "imbalance of the ranks": no_sync["imbalance"],
+        "exposed communication": ddp["step"] - no_sync["step"],
+    }
+    unexplained = ddp["step"] - ideal - sum(lost.values())
+    ends = {"one process": one["step"], "ideal share": ideal}
+    return ends | lost | {"unexplained": unexplained, "DDP, measured": ddp["step"]}
 
 
-def gpu(
+# GPUs, from published figures. What follows was never compared with a measurement.
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU and its link do; the pages show each with its source."""
+
+    rate: float  # FLOP/s
+    fixed: float  # seconds a step: the optimizer, launches
+    bandwidth: float  # bytes/s of the link
+    latency: float  # seconds a message
+
+
+# Kaggle's T4s: pessimistic, likely, optimistic
+T4 = [
+    Gpu(12e12, 20e-3, 1.5e9, 12e-6),
+    Gpu(18e12, 13e-3, 4e9, 12e-6),
+    Gpu(24e12, 8e-3, 8e9, 12e-6),
+]
+# On paper: a third of the 312 TFLOP/s that an A100 has in bf16, and links at their nominal rates.
+PAPER = {
+    link: Gpu(104e12, 5e-3, bandwidth, 10e-6)
+    for link, bandwidth in (
+        ("NVLink, 200 GB/s", 200e9),
+        ("100 Gb Ethernet", 12.5e9),
+        ("25 Gb Ethernet", 3.125e9),
+    )
+}
+# DistilBERT-base's gradients. The buckets are those of DDP's log, from the second step on.
+BUCKETS = (2371600, *[28351488] * 6, 95345664)
+ROW = 768 * 4  # bytes of a word's embedding
+WORDS = 30522 * ROW
+EMBEDDINGS = WORDS + 512 * ROW  # and the positions'
+TOKENS = 52.5  # mean length of AG News's rows
+EPOCH_ROWS = 114_000  # of AG News's 120,000, less the 5 % set aside for validation
+
+
+def gpu_step(
+    gpu: Gpu,
     flop: float,
     rows: int,
-    rate: float,
-    fixed: float,
-    buckets: list[float],
-    embeddings: float,
     world_size: int = 1,
-    bandwidth: float = 1.0,
-    latency: float = 0.0,
     accumulation: int = 1,
-    size: float = 1.0,
+    compressed: bool = False,
+    touched: int | None = None,
+    buckets: tuple[int, ...] = BUCKETS,
 ) -> float:
-    """Seconds of a step on GPUs that nobody measured, from published figures.
+    """Seconds of a step of `rows` rows a micro-batch, each of `flop` floating-point operations.
 
-    `flop` of a row at `rate` FLOP/s, `fixed` seconds a step for the optimizer and launches; at more
-    than one GPU `size` is the part of the gradients' bytes that is sent (half with 16-bit hooks).
+    `compressed`: gradients are sent in 16 bits. `touched`: only so many rows of the word embeddings
+    are sent.
     """
-    compute = ((0, 0), (1, flop / rate))  # of rows, not tokens
-    pieces = Pieces(compute, fixed, 0, 0, 0)
+    compute = ((0, 0), (1, flop / gpu.rate))  # of rows, not tokens
+    pieces = Pieces(compute, gpu.fixed, 0, 0, 0)
     if world_size > 1:
+        size, embeddings = 0.5 if compressed else 1.0, EMBEDDINGS
+        if touched is not None:
+            saved = WORDS - touched * ROW
+            buckets, embeddings = (*buckets[:-1], buckets[-1] - saved), embeddings - saved
         sent = tuple(size * bucket for bucket in buckets)
-        seconds = tuple(all_reduce(bucket, world_size, latency, bandwidth) for bucket in sent)
-        pieces = Pieces(compute, fixed, 0, 0, 0, sent, seconds, size * embeddings, True)
+        seconds = tuple(all_reduce(b, world_size, gpu.latency, gpu.bandwidth) for b in sent)
+        pieces = Pieces(compute, gpu.fixed, 0, 0, 0, sent, seconds, size * embeddings, True)
     return step(pieces, rows, accumulation)
+
+
+def t4(rows: int, world_size: int, vary: str = "bandwidth", **how) -> list[float]:
+    """Seconds of DistilBERT's step on T4s: pessimistic, likely, optimistic in the link or card."""
+    flop, cards = flops_per_sample(Config(), TOKENS), T4
+    if vary == "bandwidth":
+        cards = [replace(T4[1], bandwidth=card.bandwidth) for card in T4]
+    return [gpu_step(card, flop, rows, world_size, **how) for card in cards]
+
+
+def t4_rate(world_size: int) -> list[float]:
+    """Samples/s at 32 rows a card."""
+    vary = "card" if world_size == 1 else "bandwidth"
+    return [32 * world_size / seconds for seconds in t4(32, world_size, vary)]
+
+
+def t4_minutes(world_size: int) -> list[float]:
+    return [EPOCH_ROWS / rate / 60 for rate in t4_rate(world_size)]
+
+
+def t4_strong(rows: int) -> list[float]:
+    """One card over two at the same global batch, 2 x rows."""
+    return [one / two for one, two in zip(t4(2 * rows, 1), t4(rows, 2), strict=True)]
+
+
+def t4_weak(rows: int, accumulation: int = 1, **how) -> list[float]:
+    one, two = (t4(rows, n, accumulation=accumulation, **how) for n in (1, 2))
+    return [2 * a / b for a, b in zip(one, two, strict=True)]
+
+
+def t4_levers(touched: float | None) -> list[tuple[str, dict]]:
+    """(what, arguments of gpu_step) of what shortens communication."""
+    levers = [("plain", {}), ("`--grad-compression fp16`", {"compressed": True})]
+    if touched:
+        levers += [("`--sparse-embeddings`", {"touched": touched})]
+        levers += [("both", {"compressed": True, "touched": touched})]
+    return [*levers, ("4 accumulated", {"accumulation": 4})]
+
+
+def paper() -> list[tuple[str, str, list[float]]]:
+    """(how, link, efficiencies of 8, 64 and 512 GPUs)."""
+    both = {"accumulation": 4, "compressed": True}
+    ways = {
+        "32 rows a GPU": {"rows": 32},
+        "128 rows": {"rows": 128},
+        "32 rows, 4 accumulated": {"rows": 32, "accumulation": 4},
+        "32 rows, 16-bit gradients": {"rows": 32, "compressed": True},
+        "128 rows, both": {"rows": 128} | both,
+    }
+    step = partial(gpu_step, flop=flops_per_sample(Config(), TOKENS))
+    return [
+        (name, link, [step(gpu, **how) / step(gpu, world_size=n, **how) for n in (8, 64, 512)])
+        for name, how in ways.items()
+        for link, gpu in PAPER.items()
+    ]

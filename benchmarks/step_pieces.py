@@ -4,6 +4,7 @@ python -m benchmarks.step_pieces PLAN.json OUT.json
 
 The step is that of training/train_ddp.py, cut where a clock has to be read. Its rows are real: step
 s of n takes those around quantile (s + 1/2)/n of length, so every batch size sees the same mean.
+OUT.json is a list of flat rows, one a measurement.
 """
 
 import copy
@@ -23,13 +24,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.cost_model import MIB
 from training import machine, utils
 from training.comm_hooks import all_reduce_rows, register_comm_hook
 from training.dataset import collate, prepare_data
 from training.model import Config, load_backbone
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "none": torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def now(device: torch.device) -> float:
@@ -52,14 +57,14 @@ def gemm_rate(config: Config, dtype: torch.dtype, device: torch.device, rows=32,
                 F.linear(x, w)
 
     one_pass()
-    began, passes = now(device), 0
-    while time.perf_counter() - began < seconds:
+    t0, passes = now(device), 0
+    while time.perf_counter() - t0 < seconds:
         for _ in range(1 if device.type == "cpu" else 50):
             one_pass()
             passes += 1
         now(device)
     flops = passes * sum(2 * m * k * n * times for k, n, times in shapes)
-    return flops / (now(device) - began)
+    return flops / (now(device) - t0)
 
 
 def average(gradient: Tensor, dtype: torch.dtype) -> None:
@@ -71,18 +76,14 @@ def average(gradient: Tensor, dtype: torch.dtype) -> None:
 
 
 class Rank:
-    """A model in training, and the clock beside its steps."""
+    """One process: its model, and the clock beside its steps."""
 
     def __init__(self, plan: dict):
-        self.rank, self.world_size = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.device, backend = utils.choose_device("auto", int(os.environ.get("LOCAL_RANK", 0)))
         if self.world_size > 1:  # as in train_ddp.py
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo",
-                device_id=self.device if backend == "nccl" else None,
-            )
+            dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo")
         torch.manual_seed(0)
         folder = Path(plan["backbone"])
         self.data = prepare_data(plan["source"], folder, 128, None, 8).train
@@ -93,8 +94,7 @@ class Rank:
     def kind(self, setting: dict) -> tuple[bool, str, bool, bool]:
         """(whether DDP wraps it, its compression, sparse embeddings, whether it is compiled)."""
         wrapped = setting["variant"] in ("ddp", "no_sync")
-        choices = (setting.get(name, False) for name in ("sparse", "compiled"))
-        return wrapped, setting.get("compression", "none"), *choices
+        return wrapped, setting["compression"], setting["sparse_embeddings"], setting["compiled"]
 
     def model(self, setting: dict) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model of a setting and its optimizer, one pair at a time: beside others it is slower.
@@ -118,12 +118,12 @@ class Rank:
 
     def rows(self, setting: dict, number: int) -> list[list[int]]:
         """This rank's row numbers for the micro-batches of a step."""
-        micro, k = setting["micro"], setting.get("accumulation", 1)
+        micro, k = setting["micro"], setting["accumulation"]
         count = micro * k * self.world_size
         centre = int(len(self.order) * (number + 0.5) / setting["steps"])
         start = min(max(0, centre - count // 2), max(0, len(self.order) - count))
-        places = range(start + self.rank, start + count, self.world_size)
-        mine = [self.order[place % len(self.order)] for place in places]
+        positions = range(start + self.rank, start + count, self.world_size)
+        mine = [self.order[position % len(self.order)] for position in positions]
         return [mine[i * micro : (i + 1) * micro] for i in range(k)]
 
     def step(self, setting: dict, number: int) -> dict[str, float]:
@@ -132,17 +132,17 @@ class Rank:
         variant, precision = setting["variant"], setting["precision"]
         autocast = utils.autocast(self.device, precision)
         scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        put = partial(Tensor.to, device=self.device, non_blocking=True)
+        to_device = partial(Tensor.to, device=self.device, non_blocking=True)
         rows = self.rows(setting, number)
         times = [now(self.device)]
         batches = [collate([self.data[i] for i in micro]) for micro in rows]
         times.append(now(self.device))
         for micro_step, (input_ids, attention_mask, labels) in enumerate(batches, 1):
-            talks = variant == "ddp" and micro_step == len(batches)
-            quiet = model.no_sync() if variant in ("ddp", "no_sync") and not talks else None
-            with autocast(), quiet or nullcontext():
-                logits = model(put(input_ids), put(attention_mask)).float()
-            loss = F.cross_entropy(logits, put(labels), reduction="sum")
+            sync = variant == "ddp" and micro_step == len(batches)
+            no_sync = variant in ("ddp", "no_sync") and not sync
+            with autocast(), model.no_sync() if no_sync else nullcontext():
+                logits = model(to_device(input_ids), to_device(attention_mask)).float()
+            loss = F.cross_entropy(logits, to_device(labels), reduction="sum")
             scaler.scale(loss / sum(map(len, rows))).backward()
         times.append(now(self.device))
         scaler.unscale_(optimizer)
@@ -151,11 +151,11 @@ class Rank:
         scaler.update()
         optimizer.zero_grad()
         times.append(now(self.device))
-        if variant != "apart":
+        if variant != "no_communication":
             utils.all_reduce_sum([0.0, 0.0, 0.0])
         times.append(now(self.device))
         pieces = [after - before for before, after in zip(times, times[1:], strict=False)]
-        named = dict(zip(("data", "compute", "update", "agree"), pieces, strict=True))
+        named = dict(zip(("data", "compute", "update", "sync_flags"), pieces, strict=True))
         tokens = fmean(input_ids.numel() for input_ids, _, _ in batches)
         return named | {"step": times[-1] - times[0], "tokens": tokens}
 
@@ -184,21 +184,34 @@ class Rank:
         by_step = list(zip(*(computes for _, computes in ranks), strict=True))
         figures["imbalance"] = fmean(max(one) - fmean(one) for one in by_step)
         figures["peak_memory_mb"] = machine.peak_memory_mb(self.device)
-        if self.kind(setting) == (True, "none", False, False):
-            # the bytes of its buckets, in the order in which backward fills them
-            logged = self.model(setting)[0]._get_ddp_logging_data()
-            sizes = logged.get("rebuilt_bucket_sizes") or logged["bucket_sizes"]
-            self.buckets = [int(size) for size in sizes.split(",")]
         return figures
+
+    def buckets(self) -> list[int]:
+        """The bytes of DDP's buckets in the order in which backward fills them, as a hook sees them
+        in the second step: in the first backward DDP does not know that order yet."""
+        model, sizes = DistributedDataParallel(copy.deepcopy(self.raw_model)), []
+
+        def note(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            sizes.append(bucket.buffer().nbytes)
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        model.register_comm_hook(None, note)
+        input_ids, attention_mask, _ = collate([self.data[0]])
+        for _ in range(2):
+            sizes.clear()
+            model(input_ids.to(self.device), attention_mask.to(self.device)).sum().backward()
+        return sizes
 
     def timed(self, work, repeats=5) -> float:
         """The median seconds of `work`, which all ranks begin together; of the slowest rank."""
         times = []
         for _ in range(repeats + 1):
             dist.barrier()
-            began = now(self.device)
-            itself = work()  # the seconds that count, if it says so
-            spent = torch.tensor(itself or now(self.device) - began)
+            t0 = now(self.device)
+            own_seconds = work()  # the seconds that count, if it returns them
+            spent = torch.tensor(own_seconds or now(self.device) - t0)
             dist.all_reduce(spent, op=dist.ReduceOp.MAX)
             times.append(float(spent))
         return median(times[1:])
@@ -206,52 +219,57 @@ class Rank:
     def all_reduce(self, size: int, compression: str) -> float:
         """Seconds of what DDP does with a bucket of `size` bytes, nothing else running."""
         bucket = torch.ones(size // 4, device=self.device)
-        dtype = DTYPES["fp32" if compression == "none" else compression]
-        return self.timed(lambda: average(bucket, dtype))
+        return self.timed(lambda: average(bucket, DTYPES[compression]))
 
-    def sparse_embeddings(self, rows: int) -> dict:
+    def sparse_embeddings(self, micro: int) -> dict:
         """Seconds to share the word embeddings' gradient whole, and only the rows touched by a
-        step of `rows` rows in each process."""
+        step of `micro` rows in each process."""
         words = self.raw_model.distilbert.embeddings.word_embeddings.weight.detach()
-        [mine] = self.rows({"micro": rows, "steps": 1}, 0)
+        [mine] = self.rows({"micro": micro, "accumulation": 1, "steps": 1}, 0)
         input_ids, _, _ = collate([self.data[i] for i in mine])
         touched = input_ids.unique().to(self.device)
         gradient = torch.zeros_like(words)
         gradient[touched] = 1.0
 
-        def sparse():  # after the first time both ranks' rows are touched: made anew
+        def sparse():  # after the first time both ranks' rows are touched: reset
             gradient.zero_()
             gradient[touched] = 1.0
-            began = now(self.device)
+            t0 = now(self.device)
             all_reduce_rows(gradient, torch.float32)
-            return now(self.device) - began
+            return now(self.device) - t0
 
         dense = self.timed(lambda: average(gradient, torch.float32))
-        return {"rows": rows, "touched": len(touched), "dense": dense, "sparse": self.timed(sparse)}
+        return {
+            "micro": micro,
+            "touched": len(touched),
+            "dense_seconds": dense,
+            "sparse_seconds": self.timed(sparse),
+        }
 
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     machine.tune_cpu()
     rank = Rank(plan)
-    result = {"world_size": rank.world_size, "threads": torch.get_num_threads()}
     if rank.world_size > 1:
         dist.barrier()
     rate = gemm_rate(rank.raw_model.config, DTYPES[plan["precision"]], rank.device)
-    result["gemm"] = utils.all_reduce_sum([rate])[0]
-    result["settings"] = [setting | rank.measure(setting) for setting in plan["settings"]]
+    threads = torch.get_num_threads()
+    rows = [{"kind": "gemm", "threads": threads, "flops": utils.all_reduce_sum([rate])[0]}]
+    rows += [{"kind": "step"} | setting | rank.measure(setting) for setting in plan["settings"]]
     if rank.world_size > 1:
-        sizes = rank.buckets
-        kinds = {setting.get("compression", "none") for setting in plan["settings"]}
-        result["buckets"] = sizes
-        result["all_reduce"] = {
-            kind: [rank.all_reduce(size, kind) for size in sizes] for kind in sorted(kinds)
-        }
-        ladder = [4 * 2**10, 256 * 2**10, 1 * MIB, 4 * MIB, 16 * MIB, 64 * MIB]
-        result["ladder"] = [[size, rank.all_reduce(size, "none")] for size in ladder]
-        result["sparse_embeddings"] = [rank.sparse_embeddings(rows) for rows in (8, 32, 128)]
+        rank.models = {}
+        sizes = rank.buckets()
+        for compression in sorted({setting["compression"] for setting in plan["settings"]}):
+            rows += [
+                {"kind": "bucket", "number": number, "bytes": size, "compression": compression}
+                | {"seconds": rank.all_reduce(size, compression)}
+                for number, size in enumerate(sizes)
+            ]
+        rows.append({"kind": "sync_flags", "seconds": rank.all_reduce(4096, "none")})
+        rows += [{"kind": "embeddings"} | rank.sparse_embeddings(micro) for micro in (8, 32, 128)]
     if rank.rank == 0:
-        Path(sys.argv[2]).write_text(json.dumps(result))
+        Path(sys.argv[2]).write_text(json.dumps(rows))
     if rank.world_size > 1:
         utils.cleanup_distributed()
     sys.stdout.flush()

@@ -1,6 +1,7 @@
 """The cost model against cases worked out by hand: pytest tests/test_cost_model.py"""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -28,11 +29,11 @@ def test_all_reduce_of_four():
     assert cost_model.all_reduce(8e6, 4, 0.001, 2e9) == pytest.approx(0.012)
 
 
-def test_straight_lines_between_points_that_go_on_beyond_them():
+def test_straight_lines_between_points_extended_beyond_them():
     points = ((10, 1.0), (20, 2.0), (40, 6.0))  # 0.1 a token, then 0.2
-    assert [cost_model.between(points, x) for x in (10, 15, 20, 30, 40)] == [1, 1.5, 2, 4, 6]
-    assert cost_model.between(points, 5) == pytest.approx(0.5)
-    assert cost_model.between(points, 50) == pytest.approx(8.0)
+    assert [cost_model.interpolate(points, x) for x in (10, 15, 20, 30, 40)] == [1, 1.5, 2, 4, 6]
+    assert cost_model.interpolate(points, 5) == pytest.approx(0.5)
+    assert cost_model.interpolate(points, 50) == pytest.approx(8.0)
 
 
 def test_buckets_fill_with_the_layers_and_embeddings_come_last():
@@ -54,7 +55,7 @@ PIECES = Pieces(COMPUTE, 0.05, 0.0001, 0.002, 0.1, (35, 35, 30), (0.2, 0.2, 0.3)
 
 
 def test_a_step_on_a_cpu_hides_no_communication():
-    # compute 0.1 + 500 x 0.001 = 0.6, slowest rank 0.66; sent 0.7; update 0.05; agree 0.002;
+    # compute 0.1 + 500 x 0.001 = 0.6, slowest rank 0.66; sent 0.7; update 0.05; flags 0.002;
     # data 500 x 0.0001 = 0.05
     assert cost_model.step(PIECES, 500) == pytest.approx(0.66 + 0.7 + 0.05 + 0.002 + 0.05)
     # three micro-batches, one exchange
@@ -67,25 +68,36 @@ def test_a_step_on_a_gpu_hides_what_fits_beside_backward():
     assert cost_model.step(pieces, 500) == pytest.approx(0.66 + 0.5 + 0.05 + 0.002 + 0.05)
 
 
-def test_a_gpu_from_published_figures():
+def test_a_gpu_from_published_figures(monkeypatch):
+    monkeypatch.setattr(cost_model, "EMBEDDINGS", 0)
+    gpu = cost_model.Gpu(rate=1e12, fixed=0.01, bandwidth=1e9, latency=0)
+    step = partial(cost_model.gpu_step, gpu, 1e9, 100, buckets=(1e8,))
     # 1e9 x 100 rows at 1e12: 0.1 s; fixed 0.01
-    assert cost_model.gpu(1e9, 100, 1e12, 0.01, [1e8], 0) == pytest.approx(0.11)
+    assert step() == pytest.approx(0.11)
     # two of them: the one bucket is ready when backward ends, 1e8 bytes at 1e9 B/s are exposed
-    two = cost_model.gpu(1e9, 100, 1e12, 0.01, [1e8], 0, 2, 1e9)
-    assert two == pytest.approx(0.11 + 0.1)
-    assert cost_model.gpu(1e9, 100, 1e12, 0.01, [1e8], 0, 2, 1e9, size=0.5) == pytest.approx(0.16)
+    assert step(world_size=2) == pytest.approx(0.11 + 0.1)
+    assert step(world_size=2, compressed=True) == pytest.approx(0.16)
+    assert step(world_size=2, accumulation=3) == pytest.approx(0.31 + 0.1)
+
+
+def test_sparse_embeddings_send_the_touched_rows_alone():
+    # a link so slow that nothing is hidden counts: bytes over bandwidth, and backward is instant
+    gpu = cost_model.Gpu(rate=1e30, fixed=0, bandwidth=1e6, latency=0)
+    whole, some = (
+        cost_model.gpu_step(gpu, 1e9, 100, 2, touched=touched) for touched in (None, 1000)
+    )
+    assert whole == pytest.approx(66_956_548 * 4 / 1e6)
+    assert whole - some == pytest.approx((30522 - 1000) * 768 * 4 / 1e6)
 
 
 def test_the_waterfall_adds_up():
-    def taken(step, update, imbalance=0.0, **more):
-        return {"step": step, "update": update, "imbalance": imbalance} | more
+    def taken(step, imbalance=0.0):
+        return {"step": step, "update": 1, "imbalance": imbalance, "world_size": 2}
 
-    way = dict(cost_model.waterfall(
-        one=taken(10, 1), alone=taken(6, 1), apart=taken(7, 1),
-        no_sync=taken(7.3, 1, 0.25), ddp=taken(8, 1, world_size=2),
-    ))  # fmt: skip
-    assert way == pytest.approx({
-        "one process": 10, "ideal share": 5,
+    way = cost_model.waterfall(taken(10), taken(6), taken(7), taken(7.3, 0.25), taken(8))
+    expected = {
+        "one process": 10,
+        "ideal share": 5,
         "update, done by every rank": 0.5,  # 1 - 1 / 2
         "smaller batches": 0.5,  # 6 - 5 - 0.5
         "contention for the machine": 1,  # 7 - 6
@@ -93,4 +105,5 @@ def test_the_waterfall_adds_up():
         "exposed communication": 0.7,  # 8 - 7.3
         "unexplained": 0.05,  # 7.3 - 7 - 0.25
         "DDP, measured": 8,
-    })  # fmt: skip
+    }
+    assert way == pytest.approx(expected) and list(way) == list(expected)

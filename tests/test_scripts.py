@@ -50,7 +50,7 @@ def help_of(script, cwd):
 
 
 def test_both_scripts_take_the_same_flags(tmp_path):
-    more = {"--backend", "--grad-compression", "--sparse-embeddings"}
+    more = {"--backend", "--grad-compression", "--sparse-embeddings", "--profile"}
     assert help_of("train_ddp.py", tmp_path) - help_of("train_single.py", tmp_path) == more
 
 

@@ -29,6 +29,7 @@ import comm_share
 import dataset
 import errors
 import machine
+import profiler
 import run_record
 import utils
 from model import ModelError, find_backbone, load_backbone
@@ -63,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     add("--fresh", action="store_true", help="start over, whatever last.pt holds")
     add("--report", type=Path, help="write the run record here too (always: runs/*.json)")
     add("--tensorboard", type=Path, help="write event files to this folder")
+    add("--profile", type=Path, help="write a trace a rank to this folder, three steps after ten")
     return parser.parse_args()
 
 
@@ -141,6 +143,7 @@ def main() -> None:
     first = next(iter(train_loader))
     errors.print0(comm_share.report(model, first, autocast, grad_accum_steps, args))
     optimizer.zero_grad()
+    profiler.start(args.profile, optimizer, total_steps - step)
 
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
     progress = tqdm(total=total_steps, initial=step, disable=not master_process, **utils.BAR)

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-NEEDED = ("transformers", "datasets", "tqdm", "accelerate", "matplotlib")
+NEEDED = ("transformers", "datasets", "tqdm", "accelerate", "matplotlib", "pandas", "jinja2")
 # NCCL's host memory path fails where cards have no peer access, as reported of its version 2.27
 ATTEMPTS = (
     {},

@@ -1,0 +1,340 @@
+"""What a record of bench_training.py says: figures over its rounds, and the cost model's inputs.
+
+A figure is a pandas Series with one value a round; a ratio is taken within each round. A figure
+that was not measured is an empty Series, which a page shows as the command that would measure it.
+"""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks.cost_model import Pieces, step, waterfall
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+ENOUGH_STEPS = 40  # behind an estimate of an epoch
+FIGURES = ["data", "compute", "update", "sync_flags", "step", "tokens", "imbalance"]
+SETTING = ["variant", "micro", "accumulation", "compression", "sparse_embeddings"]
+# measured after the rule of calibration() was fixed, to see how far off the cost model is
+VALIDATION = {"micro": {12, 24, 48, 96, 192}, "accumulation": {3}}
+
+
+def read(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_record(path: Path, record: dict, rows: list[dict]) -> None:
+    """A record with its flat rows, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    header = json.dumps(record | {"rows": []}, indent=1)
+    path.write_text(header.replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n")
+
+
+def short(host: str) -> str:
+    return re.sub(r"\(R\)|\(TM\)| Processor| CPU", "", host)
+
+
+def describe(setting: pd.Series) -> str:
+    text = f"{setting.micro} rows"
+    text += f", {setting.accumulation} accumulated" if setting.accumulation > 1 else ""
+    text += f", sent as {setting.compression}" if setting.compression != "none" else ""
+    return text + (", sparse embeddings" if setting.sparse_embeddings else "")
+
+
+class Speed:
+    """A host's record. `launch` is "1", "2" (processes, a device each) or "all cores"."""
+
+    def __init__(self, record: dict):
+        self.record, self.rows = (
+            record,
+            pd.DataFrame(record["rows"]).rename(columns={"name": "name_"}),
+        )
+        if "flags" not in self.rows:  # a quick round is without Trainer
+            self.rows["flags"] = None
+        self.cuda = record["device"] == "cuda"
+        self.launches = list(self.rows.launch.dropna().unique())
+        self.ddp = "2" in self.launches
+        self.count = int(self.rows["round"].max()) + 1
+        self.title = short(record["host"])
+        self.title += f", {record['instructions']}" if record["instructions"] else ""
+        self.slug = "".join(c if c.isalnum() else "_" for c in self.title.lower()).strip("_")
+        threads = int(self.rows.threads.dropna().iloc[0])
+        self.device = "a GPU" if self.cuda else f"{threads} core{'s' * (threads > 1)}"
+        plain = self.rows[(self.rows.kind == "step") & (self.rows.precision == record["precision"])]
+        self.steps = plain[~plain.compiled.astype(bool)].astype({"micro": int, "accumulation": int})
+        self.world_sizes = [int(launch) for launch in self.launches if launch.isdigit()]
+
+    # the real scripts
+
+    def script(self, name: str, figure: str = "samples_per_second") -> pd.Series:
+        chosen = self.rows[(self.rows.kind == "script") & (self.rows.name_ == name)]
+        return chosen.set_index("round")[figure]
+
+    def ratio(self, name: str, other: str) -> pd.Series:
+        return (self.script(name) / self.script(other)).dropna()
+
+    def script_steps(self, name: str) -> int:
+        return int(self.script(name, "steps").min()) if len(self.script(name)) else 0
+
+    def epoch_minutes(self, name: str, rows: int) -> pd.Series:
+        """An estimate, where enough steps were measured."""
+        rate = self.script(name)
+        return rows / rate / 60 if self.script_steps(name) >= ENOUGH_STEPS else rate[:0]
+
+    def flags(self, name: str) -> str:
+        return self.script(name, "flags").iloc[0] if len(self.script(name)) else "{}"
+
+    def grid(self) -> pd.DataFrame:
+        """Every combination of Trainer's flags that was tried, the fastest first."""
+        rows = self.rows[self.rows.kind == "grid"].sort_values(
+            "samples_per_second", ascending=False
+        )
+        return rows.assign(flags=[json.loads(flags) for flags in rows["flags"]])
+
+    def matmul_share(self) -> pd.Series:
+        """What train_single.py reaches of the matmul throughput of the cores it has."""
+        launch = "1" if self.cuda else str(max(self.world_sizes))  # on a CPU, all cores at work
+        flop = self.record["gflop_per_sample"] * 1e9
+        return (self.script("single") * flop / self.matmuls(launch)).dropna()
+
+    def matmuls(self, launch: str) -> pd.Series:
+        return self.piece("gemm", launch).set_index("round").flops
+
+    # the pieces of a step
+
+    def piece(self, kind: str, launch: str) -> pd.DataFrame:
+        return self.rows[(self.rows.kind == kind) & (self.rows.launch == launch)]
+
+    def settings(self, launch: str) -> list[tuple[pd.Series, pd.DataFrame]]:
+        """(a setting, its rounds), in the order in which they were measured."""
+        chosen = self.steps[self.steps.launch == launch]
+        return [
+            (rows.iloc[0], rows.set_index("round"))
+            for _, rows in chosen.groupby(SETTING, sort=False)
+        ]
+
+    def find(self, launch, variant, micro, accumulation=1, compression="none", sparse=False):
+        """The rounds of a setting; an empty frame if it was not measured."""
+        wanted = dict(
+            zip(SETTING, (variant, micro, accumulation, compression, sparse), strict=True)
+        )
+        rows = self.steps[self.steps.launch == launch]
+        for name, value in wanted.items():
+            rows = rows[rows[name] == value]
+        return rows.set_index("round")
+
+    def micros(self, launch: str, variant: str) -> list[int]:
+        """The batch sizes at which a variant was measured, as it is."""
+        rows = self.steps[(self.steps.launch == launch) & (self.steps.variant == variant)]
+        plain = (
+            (rows.accumulation == 1)
+            & (rows.compression == "none")
+            & ~rows.sparse_embeddings.astype(bool)
+        )
+        return sorted(rows[plain].micro.unique().tolist())
+
+    def calibration(self, launch: str) -> list[int]:
+        """The batch sizes without communication from which the cost model learns what compute
+        costs: 16, 64 and 128 rows and the largest, beyond which no line is drawn (one process's
+        time from 64 to 256 rows has been no straight line); of a quick record the ends."""
+        micros = self.micros(launch, "no_sync" if launch == "2" else "single")
+        return sorted({16, 64, 128, micros[-1]} if 64 in micros else {micros[0], micros[-1]})
+
+    def pieces(self, launch: str, compression: str = "none") -> Pieces:
+        """The cost model's inputs, from the calibration and the microbenchmarks alone."""
+        variant = "no_sync" if launch == "2" else "single"
+        rounds = [self.find(launch, variant, micro) for micro in self.calibration(launch)]
+        known = pd.DataFrame([rows[FIGURES].median() for rows in rounds])
+        compute = tuple(sorted(zip(known.tokens, known.compute, strict=True)))
+        inputs = compute, known["update"].median(), known.data.sum() / known.tokens.sum()
+        if launch != "2":
+            return Pieces(*inputs, 0, 0)
+        imbalance = pd.concat(rows.imbalance / rows.compute for rows in rounds).median()
+        sizes = self.buckets(compression)
+        sync_flags = self.piece("sync_flags", launch).seconds.median()
+        config = self.record["config"]
+        rows = config["vocab_size"] + config["max_position_embeddings"]
+        return Pieces(
+            *inputs,
+            sync_flags,
+            imbalance,
+            tuple(sizes.index),
+            tuple(sizes),
+            4.0 * config["dim"] * rows,
+            self.cuda,
+        )
+
+    def buckets(self, compression: str = "none") -> pd.Series:
+        """Seconds of each bucket's all-reduce alone, by its bytes, in the order of filling."""
+        rows = self.piece("bucket", "2")
+        rows = rows[rows.compression == compression]
+        return (
+            rows.groupby("number")
+            .agg({"bytes": "first", "seconds": "median"})
+            .set_index("bytes")
+            .seconds
+        )
+
+    def compressions(self) -> list[str]:
+        return sorted(
+            self.piece("bucket", "2").compression.unique(), key=["none", "bf16", "fp16"].index
+        )
+
+    def bucket_table(self) -> list[dict]:
+        """[{number, bytes, and seconds by compression}]"""
+        columns = {kind: self.buckets(kind).tolist() for kind in self.compressions()}
+        table = pd.DataFrame(columns | {"bytes": self.buckets().index})
+        return table.rename_axis("number").reset_index().to_dict("records")
+
+    def exchange(self, micro: int) -> pd.Series:
+        """Touched rows and seconds of sharing the word embeddings' gradient of so many rows."""
+        rows = self.piece("embeddings", "2")
+        figures = ["touched", "dense_seconds", "sparse_seconds"]
+        return rows[rows.micro == micro][figures].median()
+
+    def predicted(self, launch: str, rows: pd.DataFrame) -> float:
+        """Seconds of a setting's step; of its own measurement only the padded tokens are used."""
+        if rows.empty:
+            return math.nan
+        setting = rows.iloc[0]
+        pieces = self.pieces(launch, setting.compression)
+        if setting.sparse_embeddings:
+            *others, last = pieces.seconds
+            saved = self.exchange(setting.micro)
+            pieces = replace(
+                pieces, seconds=(*others, last - saved.dense_seconds + saved.sparse_seconds)
+            )
+        return step(pieces, rows.tokens.iloc[0], setting.accumulation)
+
+    # one process against two
+
+    def strong(self, micro: int) -> pd.Series:
+        """One process over two at the same global batch, 2 x micro."""
+        return (
+            self.find("1", "single", 2 * micro).step / self.find("2", "ddp", micro).step
+        ).dropna()
+
+    def weak(self, micro: int, accumulation=1, compression="none", sparse=False) -> pd.Series:
+        """Samples/s of two processes over those of one, each with `micro` rows of its own."""
+        one = self.find("1", "single", micro, accumulation)
+        return (
+            2 * one.step / self.find("2", "ddp", micro, accumulation, compression, sparse).step
+        ).dropna()
+
+    def predicted_strong(self, micro: int) -> float:
+        one = self.predicted("1", self.find("1", "single", 2 * micro))
+        return one / self.predicted("2", self.find("2", "ddp", micro))
+
+    def predicted_weak(self, micro: int, *how) -> float:
+        one = self.predicted("1", self.find("1", "single", micro, *how[:1]))
+        return 2 * one / self.predicted("2", self.find("2", "ddp", micro, *how))
+
+    def best_weak(self) -> int:
+        return max(self.micros("2", "ddp"), key=lambda micro: self.weak(micro).median())
+
+    def levers(self) -> list[tuple[str, pd.Series, float]]:
+        """(what, weak speed-up, predicted) of accumulation, compression, sparse embeddings."""
+        found = []
+        for setting, _ in self.settings("2"):
+            how = setting.accumulation, setting.compression, bool(setting.sparse_embeddings)
+            if setting.variant == "ddp" and how != (1, "none", False):
+                weak = self.weak(setting.micro, *how), self.predicted_weak(setting.micro, *how)
+                found.append((describe(setting), *weak))
+        return found
+
+    def contention(self, micro: int) -> float:
+        """Forward and backward in two processes at once over those of one process alone."""
+        two, one = self.find("2", "no_sync", micro), self.find("1", "single", micro)
+        return (two.compute / one.compute).median()
+
+    @property
+    def middle(self) -> int:
+        """The rows of each process at which the waterfall was measured."""
+        return self.micros("2", "no_communication")[0]
+
+    def waterfall(self) -> dict[str, float]:
+        micro = self.middle
+        found = [self.find("1", "single", 2 * micro), self.find("1", "single", micro)]
+        found += [self.find("2", how, micro) for how in ("no_communication", "no_sync", "ddp")]
+        return waterfall(*({"world_size": 2} | rows[FIGURES].median().to_dict() for rows in found))
+
+    def compared(self) -> pd.DataFrame:
+        """Every setting that the cost model was not calibrated on: step, predicted, error."""
+        rows = []
+        for launch in ("1", "2") if self.ddp else ("1",):
+            for setting, rounds in self.settings(launch):
+                plain = setting.accumulation == 1 and setting.variant == "single"
+                if setting.variant not in ("single", "ddp") or (
+                    plain and setting.micro in self.calibration(launch)
+                ):
+                    continue
+                predicted = self.predicted(launch, rounds)
+                error = predicted / rounds.step.median() - 1
+                new = any(setting[name] in values for name, values in VALIDATION.items())
+                rows.append(
+                    {
+                        "launch": launch,
+                        "what": describe(setting),
+                        "step": rounds.step,
+                        "predicted": predicted,
+                        "error": error,
+                        "new": new,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def errors(self) -> tuple[pd.Series, pd.Series]:
+        """Of the settings known when the calibration was chosen, and of those added later."""
+        table = self.compared()
+        return table[~table.new].error.abs(), table[table.new].error.abs()
+
+    def summary(self) -> str:
+        """What `make bench` prints at the end."""
+        scripts = self.rows[self.rows.kind == "script"]
+        table = scripts.groupby("name_", sort=False).agg(
+            samples_per_second=("samples_per_second", "median"),
+            lowest=("samples_per_second", "min"),
+            highest=("samples_per_second", "max"),
+            steps=("steps", "min"),
+        )
+        text = f"\n{self.title}\n{table.rename_axis(None).round(1).to_string()}\n"
+        if self.ddp:
+            micros = self.micros("2", "ddp")
+            speedups = pd.DataFrame(
+                {
+                    "strong speed-up": [self.strong(micro).median() for micro in micros],
+                    "weak speed-up": [self.weak(micro).median() for micro in micros],
+                },
+                index=pd.Index(micros, name="rows of each process"),
+            )
+            text += f"\n{speedups.round(2).to_string()}\n"
+        return text
+
+
+def speeds() -> list[Speed]:
+    """Every host's record, the newest first."""
+    found = [read(path.stem) for path in RESULTS.glob("training_speed*.json")]
+    return [Speed(record) for record in sorted(found, key=lambda r: r["started"], reverse=True)]
+
+
+def runs(*scripts: str, folder: str = ".") -> dict[str, dict]:
+    """The run records of the training scripts on AG News."""
+    names = sorted(path.stem for path in (RESULTS / folder).glob("*.json"))
+    found = {name: read(f"{folder}/{name}") for name in names if name != "sample_on_agnews"}
+    return {
+        name: run
+        for name, run in found.items()
+        if isinstance(run, dict) and run.get("script") in scripts
+    }
+
+
+def standard_error(run: dict) -> float:
+    """Of a test accuracy, in points."""
+    right = run["test_accuracy"]
+    return 100 * math.sqrt(right * (1 - right) / run["test_samples"])

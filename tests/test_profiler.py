@@ -1,0 +1,96 @@
+"""Traces of a real two-rank run: pytest tests/test_profiler.py"""
+
+import json
+
+import pytest
+from ranks import ROOT, run_ranks
+
+from benchmarks import timeline
+from training.model import load_backbone
+
+SCRIPT = ROOT / "training" / "train_ddp.py"
+
+
+def flags(backbone, news, folder, *more):
+    words = ["--model", backbone, "--data", news, "--max-eval-samples", 8, "--epochs", 9]
+    words += ["--global-batch-size", 8, "--checkpoint-dir", folder / "checkpoints"]
+    return [SCRIPT, *words, "--profile", folder / "traces", *more]
+
+
+@pytest.fixture(scope="module")
+def traces(tiny_backbone, news_folder, tmp_path_factory):
+    """Two ranks, two micro-batches a step."""
+    folder = tmp_path_factory.mktemp("profile")
+    more = ["--micro-batch-size", 2, "--max-steps", 15]
+    ranks = run_ranks(2, flags(tiny_backbone, news_folder, folder, *more), folder)
+    assert [rank.status for rank in ranks] == [0, 0], ranks[0].stderr
+    return [json.loads((folder / "traces" / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def ranges(trace, track):
+    found = [e for e in trace["traceEvents"] if e.get("cat") == "distrinews" and e["tid"] == track]
+    return sorted(found, key=lambda event: event["ts"])
+
+
+def end(event):
+    return event["ts"] + event["dur"]
+
+
+def test_three_steps_have_every_named_range_in_order(traces):
+    micro_batch = ["data", "forward", "backward"]
+    for trace in traces:
+        names = [event["name"] for event in ranges(trace, "compute")]
+        assert names == 3 * [*micro_batch, *micro_batch, "clip", "optimizer"]
+
+
+def test_a_trace_shows_every_bucket_in_the_last_backward_alone(traces, tiny_backbone):
+    parameters = sum(p.numel() for p in load_backbone(tiny_backbone).parameters())
+    for trace in traces:
+        backwards = [e for e in ranges(trace, "compute") if e["name"] == "backward"]
+        sent = [e for e in ranges(trace, "communication") if e["name"].startswith("bucket ")]
+        for first, last in zip(backwards[::2], backwards[1::2], strict=True):
+            inside = [e for e in sent if last["ts"] < e["ts"] < end(last)]
+            assert inside and not [e for e in sent if first["ts"] < e["ts"] < end(first)]
+            numbers = [int(e["name"].split(":")[0].removeprefix("bucket ")) for e in inside]
+            assert numbers == list(range(len(inside)))
+            # all gradients once, in fp32
+            assert sum(e["args"]["bytes"] for e in inside) == 4 * parameters
+
+
+def test_the_timeline_takes_one_step_of_each_rank_on_one_clock(traces):
+    rows = timeline.step_rows(traces)
+    steps = [row for row in rows if row["lane"] == "step"]
+    assert [row["rank"] for row in steps] == [0, 1] and min(r["start_ms"] for r in steps) == 0
+    for step in steps:
+        own = [row for row in rows if row["rank"] == step["rank"] and row["lane"] == "compute"]
+        assert [row["name"] for row in own].count("optimizer") == 1
+        last = max(row["start_ms"] + row["ms"] for row in own)
+        assert last <= step["start_ms"] + step["ms"] + 0.001
+    for sent in (row for row in rows if row["lane"] == "communication"):
+        exposed = [
+            r
+            for r in rows
+            if r["lane"] == "exposed" and r["rank"] == sent["rank"] and r["name"] == sent["name"]
+        ]
+        assert sum(row["ms"] for row in exposed) <= sent["ms"] + 0.001
+
+
+def test_what_lies_outside_of_computation():
+    work = timeline.union([(0, 10), (5, 20), (20.1, 30), (50, 60)], gap=1)
+    assert work == [(0, 30), (50, 60)]
+    assert timeline.outside(work, 25, 70) == [(30, 50), (60, 70)]
+    assert timeline.outside(work, 35, 55) == [(35, 50)]
+    assert timeline.outside(work, 5, 25) == []
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--max-steps", 12], "--profile records 3 steps after 10, and 12 are left in this run"),
+        (["--profile", "/dev/null/x"], "--profile /dev/null/x: Not a directory"),
+    ],
+)
+def test_what_cannot_be_profiled_is_one_line(tiny_backbone, news_folder, tmp_path, more, said):
+    ranks = run_ranks(2, flags(tiny_backbone, news_folder, tmp_path, *more), tmp_path)
+    assert all(rank.status for rank in ranks)
+    assert said in ranks[0].stderr and "Traceback" not in ranks[0].stderr

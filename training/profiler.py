@@ -1,0 +1,119 @@
+"""What a rank does in a step, and when: `--profile DIR` writes one trace a rank.
+
+DIR/rank0.json and so on are in the format of https://ui.perfetto.dev, three steps after ten. Beside
+torch's own events they have two tracks of named ranges: "compute" (data, forward, backward, clip,
+optimizer) and "communication" (the all-reduce of each bucket; before them that of the metrics of
+the step before). On a GPU the compute ranges show when the CPU launched the work; the communication
+ranges are the kernels of NCCL.
+"""
+
+import json
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from errors import print0
+from utils import UsageError
+
+WAIT, STEPS = 10, 3
+COMPUTE = {
+    "data": r"enumerate\(DataLoader\).*",
+    "forward": r"DistributedDataParallel\.forward",
+    "backward": r".*torch/_tensor\.py\(\d+\): backward",
+    "clip": r".*clip_grad\.py\(\d+\): clip_grad_norm_",
+    "optimizer": r"Optimizer\.step#.*",
+}
+COLLECTIVE = r"gloo:(\w+)|ncclDevKernel_([A-Za-z]+)"
+ITEM_SIZES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::Half": 2, "c10::BFloat16": 2}
+
+
+def start(folder: Path | None, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Profiles STEPS steps after the first WAIT of the `steps` to come; nothing without a folder.
+
+    The optimizer tells when a step has ended, so the training loop needs no line for this.
+    """
+    if folder is None:
+        return
+    if steps < WAIT + STEPS:
+        raise UsageError(
+            f"--profile records {STEPS} steps after {WAIT}, and {steps} are left in this run; "
+            "use more --epochs or --max-steps, or --fresh"
+        )
+    path = folder / f"rank{dist.get_rank()}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise UsageError(
+            f"--profile {folder}: {error.strerror}; name a folder to write to"
+        ) from None
+    profile = torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=WAIT - 1, warmup=1, active=STEPS, repeat=1),
+        on_trace_ready=partial(write_trace, path),
+        record_shapes=True,  # the sizes of the buckets
+        with_stack=True,  # where backward and clipping begin and end
+    )
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would log each start and stop
+    profile.start()
+    optimizer.register_step_post_hook(lambda *_: profile.step())
+
+
+def write_trace(path: Path, profile: torch.profiler.profile) -> None:
+    profile.export_chrome_trace(str(path))
+    trace = json.loads(path.read_text())
+    trace["traceEvents"] += named_ranges(trace["traceEvents"], dist.get_rank())
+    path.write_text(json.dumps(trace))
+    print0(f"wrote {path.parent}/rank*.json: open one at https://ui.perfetto.dev")
+
+
+def named_ranges(events: list[dict], rank: int) -> list[dict]:
+    """The events of the two tracks, from those that torch.profiler recorded."""
+    spans = sorted((e for e in events if e.get("ph") == "X"), key=lambda event: event["ts"])
+    compute, communication = [], []
+    steps = [e["ts"] + e["dur"] for e in spans if e["name"].startswith("ProfilerStep#")]
+    for event in spans:
+        if event["name"].startswith("Optimizer.step"):  # without our hook, which ends the step
+            ends = [end for end in steps if event["ts"] < end < event["ts"] + event["dur"]]
+            event = event | {"dur": ends[0] - event["ts"]} if ends else event
+        name = next((n for n, why in COMPUTE.items() if re.fullmatch(why, event["name"])), None)
+        if name and event.get("cat") != "gpu_user_annotation":
+            compute.append(range_of(event, name, f"rank {rank}", "compute"))
+        elif collective := re.match(COLLECTIVE, event["name"]):
+            words = collective[1] or collective[2]
+            communication.append(range_of(event, words, f"rank {rank}", "communication"))
+    # What is sent between the start of a backward and the next clipping are buckets, in order. With
+    # sparse embeddings one bucket takes several collectives, so there only they are counted.
+    sparse = any("gather" in event["name"] for event in communication)
+    starts = [event for event in compute if event["name"] in ("backward", "clip")]
+    number, phase = 0, 0
+    for event in communication:
+        before = [start for start in starts if start["ts"] <= event["ts"]]
+        number, phase = (0 if len(before) != phase else number + 1), len(before)
+        if before and before[-1]["name"] == "backward":
+            event["name"] = f"{'collective' if sparse else 'bucket'} {number}: {event['name']}"
+    return compute + communication
+
+
+def range_of(event: dict, name: str, process: str, track: str) -> dict:
+    args = event.get("args", {})
+    shapes, types = args.get("Input Dims", []), args.get("Input type", [])
+    sizes = [
+        torch.Size(shape).numel() * ITEM_SIZES[kind]
+        for shape, kind in zip(shapes, types, strict=False)
+        if kind in ITEM_SIZES and all(isinstance(length, int) for length in shape)
+    ]
+    more = {"bytes": sum(sizes)} if track == "communication" and sizes else {}
+    return {
+        "ph": "X",
+        "cat": "distrinews",
+        "name": name,
+        "ts": event["ts"],
+        "dur": event["dur"],
+        "pid": process,
+        "tid": track,
+        "args": more,
+    }
