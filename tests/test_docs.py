@@ -92,13 +92,14 @@ def test_messages_that_the_readme_explains_are_ones_that_the_code_has():
 
 # Commands: what is added so that one is quick, or in capitals what it needs that is not here
 
+SHORT = "--max-steps 2 --max-eval-samples 8 --checkpoint-dir {out}"
 TINY = "--model {tiny} --data {news} --max-steps 2 --max-eval-samples 8 --checkpoint-dir {out}"
 TINY += " --global-batch-size 8"
 TRACED = TINY.replace("--max-steps 2", "--epochs 9 --max-steps 13") + " --profile {out}/traces"
 QUICK = {
     r"python training/train_single.py": TINY,
     r"bash training/run_ddp.sh": TINY,
-    r"bash training/run_ddp.sh --data sample --model packaged .*": "--max-steps 2 --max-eval-samples 8 --checkpoint-dir {out}",
+    r"bash training/run_ddp.sh --data sample --model packaged .*": SHORT,
     r"bash training/run_ddp.sh --profile traces": TRACED,
     r"python training/train_single.py .*--report .*": TINY + " --report {out}/a.json",
     r"bash training/run_ddp.sh .*--report .*": TINY + " --report {out}/a.json",
