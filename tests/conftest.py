@@ -37,7 +37,7 @@ def trained(tiny_backbone, news_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained, news_folder):
     """`trained` with its int8 files beside it, as export.py writes them."""
-    command = [sys.executable, ROOT / "inference" / "export.py", "--to", "onnx", "--data",
+    command = [sys.executable, ROOT / "inference" / "export.py", "--to", "int8", "--data",
                news_folder, "--checkpoint-dir", trained]  # fmt: skip
     env = environment()
     del env["PYTHONPATH"]  # a user has none
