@@ -83,7 +83,7 @@ def workers() -> int:
     Neither server tells its workers how many they are, but they all see its command line.
     """
     count = None
-    if "unicorn" in sys.argv[0]:
+    if any(name in sys.argv[0] for name in ("uvicorn", "gunicorn")):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("-w", "--workers")
         count = parser.parse_known_args()[0].workers
