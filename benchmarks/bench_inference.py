@@ -201,12 +201,11 @@ class Server:
         figures = self.wrk(clients, seconds)
         statuses, broken = figures.pop("statuses"), figures.pop("broken")
         if broken or statuses.keys() != {"200"}:
-            raise BenchError(f"{self.name}: statuses {statuses}, {broken} connections failed")
+            found = f"statuses {statuses}, {broken} connections failed"
+            raise BenchError(f"{self.name}, {clients} clients, {seconds:g} s: {found}")
         del figures["sent"]  # with a request or two that were still being answered
-        return {
-            "clients": clients,
-            "requests_per_second": statuses["200"] / figures.pop("seconds"),
-        } | figures
+        rate = statuses["200"] / figures.pop("seconds")
+        return {"clients": clients, "requests_per_second": rate} | figures
 
     def overload(self, rate: float, seconds: float) -> dict:
         """Requests at a fixed `rate`, whatever comes back; /health twenty times a second beside."""
@@ -395,15 +394,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one round of 1 s each: does it run?")
+    parser.add_argument("--quick", action="store_true", help="one round of 2 s each: does it run?")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/results/")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, help="of each measurement")
     args = parser.parse_args()
     if not shutil.which("wrk"):
         raise BenchError("wrk sends the requests; apt-get install wrk, or brew install wrk")
-    if args.quick:
-        args.rounds, args.seconds = 1, 1
+    rounds, seconds = (1, 2) if args.quick else (3, 6)
+    args.rounds, args.seconds = args.rounds or rounds, args.seconds or seconds
     data = os.environ.get("AG_NEWS_DIR")
     texts = read_folder(Path(data) if data else SAMPLE)[1].texts
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ def trained(tiny_backbone, news_folder, tmp_path_factory):
     command = [sys.executable, ROOT / "training" / "train_single.py", "--model", tiny_backbone,
                "--data", news_folder, "--checkpoint-dir", folder / "c", "--lr", "5e-3",
                "--epochs", 20, "--global-batch-size", 8, "--dropout", 0]  # fmt: skip
-    subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=100)
+    subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=280)
     return folder / "c"
 
 
@@ -41,5 +41,5 @@ def exported(trained, news_folder):
                news_folder, "--checkpoint-dir", trained]  # fmt: skip
     env = environment()
     del env["PYTHONPATH"]  # a user has none
-    subprocess.run([*map(str, command)], cwd=trained, env=env, check=True, timeout=100)
+    subprocess.run([*map(str, command)], cwd=trained, env=env, check=True, timeout=280)
     return trained
