@@ -1,305 +1,436 @@
-"""How fast serving is here: both engines against a plain pipeline endpoint, and under overload.
+"""How fast serving is here: both engines against what a user would pick instead, and overload.
 
-python -m benchmarks.bench_inference [--rounds 3] [--seconds 6] [--out FILE]
+python -m benchmarks.bench_inference [--quick] [--record] [--rounds 3] [--seconds 6]
 
 DistilBERT-base with random weights (speed does not depend on their values), texts from AG_NEWS_DIR
-or else the sample. Callers are threads of one other process on the same cores: each waits for its
-answer, then asks again. Every round runs every server; figures are medians over rounds.
+or else the sample. The clients are wrk, on the same cores as the server: each waits for its answer,
+then asks again. Every round runs every server. The record, one flat row a measurement, goes to
+runs/, with --record to benchmarks/results/.
 """
 
 import argparse
 import json
 import os
-import re
-import selectors
+import resource
 import shlex
+import shutil
+import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
+import httpx
 import psutil
 import torch
 
-from benchmarks.bench_training import RESULTS, ROOT
 from inference import export
-from inference.model_loader import CHECKPOINT, ONNX, ONNX_FACTS, Classifier, sha256
+from inference.model_loader import CHECKPOINT, INT8_XML, TOKENIZER, Classifier, sha256, threads
+from inference.model_loader import torch_engine as load_torch_engine
 from training import checkpoint, machine
 from training.dataset import LABELS, SAMPLE, load_tokenizer, read_folder
 from training.model import Config, NewsClassifier, packaged_backbone
 
-CALLERS = (1, 8, 32)
-SERVERS = {
-    "pipeline": "benchmarks.naive_server:app",
-    "torch": "inference.app:app",
-    "onnx": "inference.app:app",
-}
-OVERLOAD = 10  # times the best rate of 200s
+ROOT = Path(__file__).parent.parent
+RECORD = "inference_speed.json"
+CLIENTS = (1, 8, 32)
+OVERLOAD = 10  # times the best rate of successful responses
+CONNECTIONS = 1024  # that an overload may use: more than the server lets wait
+INFINITY = "0.0.78"
+OURS = ("int8", "torch")
+SERVERS = ("int8", "torch", "pipeline", "litserve_1", "litserve_2", "infinity")
+
+
+class BenchError(Exception):
+    """What keeps a benchmark from running; one line that names the remedy."""
 
 
 def make_checkpoint(folder: Path) -> None:
     """Base's shape with random weights in every form that a server here takes.
 
-    int8 goes without its check: random weights have no accuracy to lose.
+    int8 is not compared: random weights have no accuracy to lose.
     """
     torch.manual_seed(0)
     model = NewsClassifier(Config()).eval()
     metrics = dict.fromkeys(("test_accuracy", "val_accuracy", "test_samples"), 0)
-    origin = dict.fromkeys(("lr", "warmup", "global_batch_size", "total_steps", "world_size",
-                            "precision", "seed", "host", "train_samples"), 0)  # fmt: skip
-    origin |= {"data": "none", "model": "random weights"}
-    state = {"model": model.state_dict(), "config": asdict(model.config), "labels": list(LABELS),
-             "max_length": 128, "metrics": metrics, "provenance": origin}  # fmt: skip
+    keys = "lr warmup global_batch_size total_steps world_size precision seed host train_samples"
+    origin = dict.fromkeys(keys.split(), 0) | {"data": "none", "model": "random weights"}
     load_tokenizer(packaged_backbone()).save_pretrained(folder / "tokenizer")
-    state["tokenizer_sha256"] = sha256(folder / "tokenizer" / "tokenizer.json")
+    state = {
+        "model": model.state_dict(),
+        "config": asdict(model.config),
+        "labels": list(LABELS),
+        "max_length": 128,
+        "metrics": metrics,
+        "provenance": origin,
+        "tokenizer_sha256": sha256(folder / TOKENIZER),
+    }
     checkpoint.save_checkpoint(state, folder / CHECKPOINT)
-    export.to_hf(folder, folder / "hf")
-    export.write_int8(model, folder / ONNX)
-    facts = {"checkpoint_sha256": sha256(folder / CHECKPOINT), "onnx_sha256": sha256(folder / ONNX),
-             "labels": list(LABELS), "max_length": 128,
-             "info": {"backbone": "random weights", "data": "none", "test_accuracy": 0,
-                      "checkpoint": ""}}  # fmt: skip
-    (folder / ONNX_FACTS).write_text(json.dumps(facts))
+    export.to_hf(folder)
+    rows = [torch.randint(1000, 30000, (1, 52)).numpy() for _ in range(8)]
+    export.write_int8(model, rows, folder / INT8_XML)
+    export.write_metadata(folder, folder / CHECKPOINT, load_torch_engine(folder))
 
 
-class Server:
-    """One of the servers as a process of its own; `start_seconds` until its first answer."""
-
-    def __init__(self, name: str, folder: Path, text: str):
-        env = os.environ | {"CHECKPOINT_DIR": str(folder), "MODEL": str(folder / "hf"),
-                            "ENGINE": name, "HF_HUB_OFFLINE": "1", "DRAIN_SECONDS": "0"}
-        self.port = 17860
-        command = [sys.executable, "-m", "uvicorn", SERVERS[name], "--no-access-log", "--port"]
-        began = time.perf_counter()
-        self.process = subprocess.Popen(
-            [*command, str(self.port)], cwd=ROOT, env=env,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while True:
-            assert self.process.poll() is None, f"the {name} server ended"
-            try:
-                if Caller(self.port).ask(request(text)) == 200:
-                    break
-            except OSError:
-                pass
-            time.sleep(0.02)
-        self.start_seconds = time.perf_counter() - began
-
-    def resident_mb(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) / 1024
-
-    def cpu_seconds(self) -> tuple[float, float]:
-        """So far: of the thread that speaks HTTP, and of the model's threads and all others."""
-        threads = psutil.Process(self.process.pid).threads()
-        spent = {thread.id: thread.user_time + thread.system_time for thread in threads}
-        http = spent.pop(self.process.pid)  # the main thread has the process's number
-        return http, sum(spent.values())
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
-
-HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-def request(text: str) -> bytes:
-    """A POST to /predict, made before the clock runs: callers share the server's cores here."""
-    body = json.dumps({"text": text}).encode()
-    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-class Caller:
-    """One connection that is kept; `ask` returns the answer's status, and leaves its `body`."""
-
-    def __init__(self, port: int):
-        self.wire = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self.answer = b""
-
-    def ask(self, request: bytes) -> int:
-        self.wire.sendall(request)
-        while not (status := self.receive()):
-            pass
-        return status
-
-    def receive(self) -> int | None:
-        """Reads once; the status if the answer is complete."""
-        more = self.wire.recv(65536)
-        if not more:
-            raise ConnectionError("closed in mid-answer")
-        self.answer += more
-        head, _, self.body = self.answer.partition(b"\r\n\r\n")
-        length = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
-        if not length or len(self.body) < int(length[1]):
-            return None
-        self.answer = b""
-        return int(head[9:12])
+def infinity_python(quick: bool) -> tuple[Path | None, str]:
+    """(its interpreter, "") or (None, why not). Its pins conflict with ours: it gets a venv."""
+    venv = ROOT / "runs" / "infinity"
+    python = venv / "bin" / "python"
+    if (venv / "installed").exists():
+        return python, ""
+    if quick:
+        return None, "not installed, and --quick installs nothing"
+    print(f"installing infinity-emb {INFINITY} into {venv}", flush=True)
+    wanted = [
+        f"infinity-emb[server,torch]=={INFINITY}",
+        f"torch=={version('torch').partition('+')[0]}",
+    ]
+    wanted += ["transformers<5", "optimum<2"]  # infinity imports what later ones no longer have
+    log = []
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", venv],
+        [python, "-m", "pip", "install", "-q", *wanted],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        log += (done.stderr + done.stdout).strip().splitlines()
+        if done.returncode:
+            return None, f"pip could not install it: {log[-1] if log else done.returncode}"
+    (venv / "installed").touch()
+    return python, ""
 
 
 def percentile(values: list[float], p: float) -> float:
     return sorted(values)[min(len(values) - 1, int(p * len(values)))]
 
 
-def closed_loop(
-    port: int, requests: list[bytes], callers: int, seconds: float, warm_up: float = 1.0
-) -> dict:
-    """`callers` threads, each asking as soon as it has its answer: rate, p50 and p99 of `seconds`,
-    which begin after `warm_up` seconds."""
-    begin, times = time.perf_counter() + warm_up, []
+class Server:
+    """One of the servers as processes of its own; `start_seconds` until its first answer."""
 
-    def call(number: int) -> None:
-        caller = Caller(port)
-        for one in requests[number::callers] * 100:
-            asked = time.perf_counter()
-            if asked > begin + seconds:
-                break
-            assert caller.ask(one) == 200
-            if begin < (now := time.perf_counter()) < begin + seconds:
-                times.append(now - asked)
+    def __init__(self, name: str, folder: Path, texts: list[str], infinity: Path | None):
+        with socket.socket() as chosen:
+            chosen.bind(("127.0.0.1", 0))
+            port = chosen.getsockname()[1]
+        hf, workers = folder / "hf", 2 if name == "litserve_2" else 1
+        settings = {"CHECKPOINT_DIR": folder, "ENGINE": name, "MODEL": hf, "HF_HUB_OFFLINE": 1}
+        settings |= {"DRAIN_SECONDS": 0, "WORKERS": workers, "PORT": port, "DO_NOT_TRACK": 1}
+        settings["OMP_NUM_THREADS"] = max(1, threads() // workers)
+        uvicorn = [sys.executable, "-m", "uvicorn", "--no-access-log", "--port", port]
+        command, path = [*uvicorn, "--http", "h11", "inference.app:app"], "predict"
+        if name == "pipeline":
+            command = [*uvicorn, "benchmarks.naive_server:app"]
+        elif name.startswith("litserve"):
+            command = [sys.executable, "-m", "benchmarks.litserve_server"]
+        elif name == "infinity":
+            command, path = [infinity, "-m", "infinity_emb.cli", "v2", "--model-id", hf], "classify"
+            command += ["--served-model-name", "m", "--engine", "torch", "--device", "cpu"]
+            command += ["--port", port]
+        self.name, self.base = name, f"http://127.0.0.1:{port}"
+        self.url, self.bodies = f"{self.base}/{path}", folder / f"{name}.jsonl"
+        lines = [
+            json.dumps({"text": t} if path == "predict" else {"model": "m", "input": [t]})
+            for t in texts
+        ]
+        self.bodies.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.log = folder / f"{name}.log"
+        t0 = time.perf_counter()
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [*map(str, command)],
+                cwd=ROOT,
+                env=os.environ | {key: str(value) for key, value in settings.items()},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        headers = {"Content-Type": "application/json"}
+        while not self.answers(lines[0], headers):
+            if self.process.poll() is not None or time.perf_counter() - t0 > 180:
+                self.stop()
+                tail = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise BenchError(f"the {name} server did not start: {' '.join(tail)}")
+            time.sleep(0.02)
+        self.start_seconds = time.perf_counter() - t0
 
-    threads = [threading.Thread(target=call, args=[n]) for n in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {"requests_per_second": len(times) / seconds, "p50_ms": 1e3 * percentile(times, 0.5),
-            "p99_ms": 1e3 * percentile(times, 0.99)}  # fmt: skip
+    def answers(self, body: str, headers: dict) -> bool:
+        try:
+            return httpx.post(self.url, content=body, headers=headers, timeout=60).is_success
+        except httpx.TransportError:
+            return False
+
+    def resident_mb(self) -> float:
+        """Of all its processes; memory that they share counts once."""
+        main = psutil.Process(self.process.pid)
+        others = sum(child.memory_full_info().uss for child in main.children(recursive=True))
+        return (main.memory_info().rss + others) / 2**20
+
+    def cpu_seconds(self) -> tuple[float, float]:
+        """So far: of the thread that speaks HTTP, and of the model's threads and all others.
+
+        Only of our servers, which are one process with HTTP in its main thread.
+        """
+        spent = {
+            t.id: t.user_time + t.system_time for t in psutil.Process(self.process.pid).threads()
+        }
+        http = spent.pop(self.process.pid)  # the main thread has the process's number
+        return http, sum(spent.values())
+
+    def wrk(self, clients: int, seconds: float, *script: float) -> dict:
+        """Figures of wrk.lua, and the cores that each side was busy on: clients share them."""
+        command = ["wrk", "--threads", 1, "--connections", clients, "--timeout", "60s"]
+        command += ["--duration", f"{seconds:g}s", "--script", ROOT / "benchmarks" / "wrk.lua"]
+        command += [self.url, "--", self.bodies, *script]
+        t0, spent, own = time.perf_counter(), self.cpu_seconds(), children_seconds()
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+        wall = time.perf_counter() - t0
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
+        http, model = ((b - a) / wall for a, b in zip(spent, self.cpu_seconds(), strict=True))
+        figures["cores_clients"] = (children_seconds() - own) / wall
+        if self.name in OURS:
+            figures |= {"cores_http": http, "cores_model": model}
+        return figures
+
+    def closed_loop(self, clients: int, seconds: float) -> dict:
+        """`clients` that each ask as soon as they have their answer."""
+        self.wrk(clients, 1)  # warm-up
+        figures = self.wrk(clients, seconds)
+        statuses, broken = figures.pop("statuses"), figures.pop("broken")
+        if broken or statuses.keys() != {"200"}:
+            found = f"statuses {statuses}, {broken} connections failed"
+            raise BenchError(f"{self.name}, {clients} clients, {seconds:g} s: {found}")
+        del figures["sent"]  # with a request or two that were still being answered
+        rate = statuses["200"] / figures.pop("seconds")
+        return {"clients": clients, "requests_per_second": rate} | figures
+
+    def overload(self, rate: float, seconds: float) -> dict:
+        """Requests at a fixed `rate`, whatever comes back; /health twenty times a second beside."""
+        ended, health = threading.Event(), []
+
+        def watch():
+            with httpx.Client() as client:
+                while not ended.wait(0.05):
+                    t0 = time.perf_counter()
+                    client.get(f"{self.base}/health", timeout=60).raise_for_status()
+                    health.append(time.perf_counter() - t0)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        figures = self.wrk(CONNECTIONS, seconds + 1, rate, 1)
+        ended.set()
+        watching.join()
+        statuses = figures["statuses"]
+        return {
+            "offered_per_second": figures["sent"] / seconds,
+            "answered_per_second": sum(statuses.values()) / seconds,
+            "ok_per_second": statuses.get("200", 0) / seconds,
+            "statuses": statuses,
+            "health_p99_ms": 1e3 * percentile(health, 0.99),
+        } | {key: value for key, value in figures.items() if key.startswith("cores")}
+
+    def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(15)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                pass
 
 
-def cores_used(server: Server, load: Callable[..., dict], *args) -> dict:
-    """What `load` returned, with the mean number of cores that each side was busy on meanwhile.
-
-    Callers share the machine with the server, so what they take, it cannot have.
-    """
-    began, own, spent = time.perf_counter(), time.process_time(), server.cpu_seconds()
-    result = load(server.port, *args)
-    wall = time.perf_counter() - began
-    http, model = (
-        (now - then) / wall for now, then in zip(server.cpu_seconds(), spent, strict=True)
-    )
-    callers = (time.process_time() - own) / wall
-    return result | {"cores": {"model": model, "http": http, "callers": callers}}
+def children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def overload(port: int, requests: list[bytes], rate: float, seconds: float) -> dict:
-    """Requests at a fixed `rate`, whatever comes back; /health twenty times a second beside them.
-
-    One thread and as many connections as are in flight: threads that wake each other would take
-    from the server more of the cores than the requests do.
-    """
-    begin = time.perf_counter() + 1
-    count, sent, answered = int(rate * (seconds + 1)), 0, 0
-    statuses, health = Counter(), []
-    free = deque()  # the longest idle first: the server hangs up on one idle for five seconds
-    wires = selectors.DefaultSelector()
-
-    def watch() -> None:
-        caller = Caller(port)
-        while time.perf_counter() < begin + seconds:
-            asked = time.perf_counter()
-            assert caller.ask(HEALTH) == 200
-            if asked > begin:
-                health.append(time.perf_counter() - asked)
-            time.sleep(0.05)
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    while answered < count:
-        due = begin - 1 + sent / rate - time.perf_counter() if sent < count else None
-        if due is not None and due <= 0:
-            if not free:
-                free.append(Caller(port))
-                wires.register(free[0].wire, selectors.EVENT_READ, free[0])
-            free.popleft().wire.sendall(requests[sent % len(requests)])
-            sent += 1
-        for key, _ in wires.select(due):
-            if status := key.data.receive():
-                free.append(key.data)
-                answered += 1
-                if begin < time.perf_counter() < begin + seconds:  # while all are offered
-                    statuses[status] += 1
-    watching.join()
-    return {
-        "offered_per_second": rate, "answered_per_second": sum(statuses.values()) / seconds,
-        "ok_per_second": statuses[200] / seconds,
-        "statuses": {str(status): count for status, count in sorted(statuses.items())},
-        "health_p99_ms": 1e3 * percentile(health, 0.99),
-    }  # fmt: skip
-
-
-def without_http(engine: str, folder: Path, texts: list[str]) -> float:
+def without_http(classifier: Classifier, texts: list[str]) -> float:
     """The p50 in ms of the same work in this process: tokenise, one forward pass, an answer."""
-    classifier, times = Classifier(folder, engine), []
+    times = []
     for text in texts[:200]:
-        began = time.perf_counter()
+        t0 = time.perf_counter()
         classifier.predict([text])
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - t0)
     return 1e3 * percentile(times, 0.5)
+
+
+def best_seconds(run, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        t0 = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - t0)
+    return min(times)
+
+
+def matmul_share(classifier: Classifier, repeats: int, rows=16, tokens=52) -> dict:
+    """The time that torch._int_mm needs for a batch's products with weights, and its part of the
+    time that the int8 engine needs for the whole batch."""
+    config, full = Config(), rows * tokens
+    dim, hidden = config.dim, config.hidden_dim
+    # (rows, inputs, outputs) -> how often; the last layer computes the first token alone
+    lower = config.n_layers - 1
+    shapes = {(full, dim, dim): 4 * lower + 2, (rows, dim, dim): 2}
+    for m, count in ((full, lower), (rows, 1)):
+        shapes |= {(m, dim, hidden): count, (m, hidden, dim): count}
+    torch.set_num_threads(threads())
+    seconds = 0.0
+    for (m, k, n), count in shapes.items():
+        a, b = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((m, k), (k, n)))
+        seconds += count * best_seconds(lambda a=a, b=b: torch._int_mm(a, b), repeats)
+    operations = sum(2 * m * k * n * count for (m, k, n), count in shapes.items())
+    batch = [[1] * tokens] * rows
+    engine = best_seconds(lambda: classifier.scores(batch), repeats)
+    return {
+        "batch": f"{rows} x {tokens} tokens",
+        "int_mm_gops": operations / seconds / 1e9,
+        "int_mm_ms": 1e3 * seconds,
+        "engine_ms": 1e3 * engine,
+        "share": seconds / engine,
+    }
+
+
+class Progress:
+    """Says what was measured, and how long the rest will take."""
+
+    def __init__(self, total: int):
+        self.t0, self.total, self.done = time.perf_counter(), total, 0
+
+    def __call__(self, text: str) -> None:
+        self.done += 1
+        rest = (time.perf_counter() - self.t0) / self.done * (self.total - self.done)
+        left = f"{rest / 60:.0f} min" if rest > 90 else f"{rest:.0f} s"
+        print(f"[{self.done}/{self.total}, about {left} left] {text}", flush=True)
+
+
+def measure(name: str, server: Server, number: int, args, progress: Progress) -> list[dict]:
+    """All rows of one server in one round."""
+    setting = {"server": name, "round": number}
+    rows = []
+    for clients in CLIENTS:
+        row = server.closed_loop(clients, args.seconds)
+        rows.append({"kind": "loop"} | setting | row)
+        progress(
+            f"{name}, {clients} clients: {row['requests_per_second']:.1f} requests/s, "
+            f"p50 {row['p50_ms']:.1f} ms"
+        )
+    rows.append(
+        {"kind": "start"}
+        | setting
+        | {"start_seconds": server.start_seconds, "resident_mb": server.resident_mb()}
+    )
+    if name == "int8":
+        best = max(row["requests_per_second"] for row in rows if row["kind"] == "loop")
+        row = server.overload(OVERLOAD * best, args.seconds)
+        row["share_of_best"] = row["ok_per_second"] / best
+        rows.append({"kind": "overload"} | setting | row)
+        progress(
+            f"{name}, {row['offered_per_second']:.0f} requests/s offered: "
+            f"{row['ok_per_second']:.1f} answered, {row['share_of_best']:.2f} of the best"
+        )
+    return rows
+
+
+def run(args, folder: Path, texts: list[str]) -> tuple[list[dict], dict]:
+    """(rows, {server that was left out: why})."""
+    make_checkpoint(folder)
+    infinity, why = infinity_python(args.quick)
+    skipped = {} if infinity else {"infinity": why}
+    names = [name for name in SERVERS if name not in skipped]
+    progress = Progress(args.rounds * (len(names) * len(CLIENTS) + 4))
+    rows = []
+    for number in range(args.rounds):
+        for name in names:
+            try:
+                server = Server(name, folder, texts, infinity)
+            except BenchError as error:
+                if name in OURS:
+                    raise
+                skipped[name] = str(error)
+                print(error, flush=True)
+                continue
+            try:
+                found = measure(name, server, number, args, progress)
+            finally:
+                server.stop()
+            if name in OURS:
+                classifier = Classifier(folder, name)
+                found[len(CLIENTS)]["without_http_p50_ms"] = without_http(classifier, texts)
+                progress(f"{name}, without HTTP")
+                if name == "int8":
+                    row = matmul_share(classifier, 5 if args.quick else 30)
+                    found.append({"kind": "matmul", "server": name, "round": number} | row)
+                    progress(f"{name}: {row['share']:.2f} of torch._int_mm's rate")
+            rows += found
+        names = [name for name in names if name not in skipped]
+    return rows, skipped
+
+
+def summary(rows: list[dict], skipped: dict) -> str:
+    lines = [f"{'':12}" + "".join(f"{f'{n} clients':>22}" for n in CLIENTS)]
+    for name in SERVERS:
+        loops = [row for row in rows if row["kind"] == "loop" and row["server"] == name]
+        cells = [
+            "{:.1f}/s, p50 {:.0f} ms".format(
+                *(
+                    median(row[key] for row in loops if row["clients"] == clients)
+                    for key in ("requests_per_second", "p50_ms")
+                )
+            )
+            for clients in CLIENTS
+            if loops
+        ]
+        lines.append(
+            f"{name:12}"
+            + "".join(f"{cell:>22}" for cell in cells)
+            + (f"left out: {skipped[name]}" if name in skipped else "")
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=RESULTS / "inference_speed.json")
+    parser.add_argument("--quick", action="store_true", help="one round of 2 s each: does it run?")
+    parser.add_argument("--record", action="store_true", help="write to benchmarks/results/")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, help="of each measurement")
     args = parser.parse_args()
-    folder = os.environ.get("AG_NEWS_DIR")
-    texts = read_folder(Path(folder) if folder else SAMPLE)[1].texts
-    results = {name: {"start_seconds": [], "resident_mb": [], "loops": {n: [] for n in CALLERS}}
-               for name in SERVERS}  # fmt: skip
-    requests = [request(text) for text in texts]
-    bare, overloads = {"torch": [], "onnx": []}, []
-    with tempfile.TemporaryDirectory() as place:
-        make_checkpoint(Path(place))
-        for number in range(args.rounds):
-            for name, result in results.items():
-                if name in bare:
-                    bare[name].append(without_http(name, Path(place), texts))
-                server = Server(name, Path(place), texts[0])
-                result["start_seconds"].append(server.start_seconds)
-                for callers, loops in result["loops"].items():
-                    loops.append(
-                        cores_used(server, closed_loop, requests, callers, args.seconds)
-                    )
-                    rate, p50 = loops[-1]["requests_per_second"], loops[-1]["p50_ms"]
-                    print(f"round {number + 1}, {name}, {callers} callers: {rate:.1f} requests/s, "
-                          f"p50 {p50:.1f} ms", flush=True)  # fmt: skip
-                result["resident_mb"].append(server.resident_mb())
-                if name == "onnx":
-                    best = max(loops[-1]["requests_per_second"]
-                               for loops in result["loops"].values())  # fmt: skip
-                    rate = OVERLOAD * best
-                    overloads.append(cores_used(server, overload, requests, rate, args.seconds))
-                    overloads[-1]["share_of_best"] = overloads[-1]["ok_per_second"] / best
-                    print("overload:", overloads[-1], flush=True)
-                server.stop()
+    if not shutil.which("wrk"):
+        raise BenchError("wrk sends the requests; apt-get install wrk, or brew install wrk")
+    rounds, seconds = (1, 2) if args.quick else (3, 6)
+    args.rounds, args.seconds = args.rounds or rounds, args.seconds or seconds
+    data = os.environ.get("AG_NEWS_DIR")
+    texts = read_folder(Path(data) if data else SAMPLE)[1].texts
+    with tempfile.TemporaryDirectory() as folder:
+        rows, skipped = run(args, Path(folder), texts)
     record = {
         "script": "bench_inference",
         "command": shlex.join(["python", "-m", "benchmarks.bench_inference", *sys.argv[1:]]),
-        "host": machine.host(torch.device("cpu")), "versions": machine.versions(),
-        "git_commit": machine.git_commit(), "model": "DistilBERT-base, random weights",
-        "texts": f"folder {Path(folder).name}" if folder else "sample",
-        "rounds": args.rounds, "seconds": args.seconds, "servers": results,
-        "without_http_p50_ms": bare, "overload": overloads,
-    }  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    for name, result in results.items():
-        rates = [statistics.median(loop["requests_per_second"] for loop in loops)
-                 for loops in result["loops"].values()]  # fmt: skip
-        print(f"{name}: requests/s at {CALLERS} callers:", [round(rate, 1) for rate in rates])
+        "host": machine.host(torch.device("cpu")),
+        "versions": machine.versions()
+        | {name: version(name) for name in ("openvino", "litserve")}
+        | {"infinity-emb": INFINITY},
+        "git_commit": machine.git_commit(),
+        "model": "DistilBERT-base, random weights",
+        "texts": f"folder {Path(data).name}" if data else "sample",
+        "seconds": args.seconds,
+        "skipped": skipped,
+        "rows": [],
+    }
+    path = ROOT / ("benchmarks/results" if args.record else "runs") / RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    text = json.dumps(record, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]')
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"{summary(rows, skipped)}\nwrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BenchError as error:
+        sys.exit(f"error: {error}")

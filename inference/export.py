@@ -1,10 +1,12 @@
 """The checkpoint in other forms: int8 for the server, or a folder for transformers.
 
-python inference/export.py --to onnx     dynamic int8 under ONNX Runtime, if it is as good
+python inference/export.py --to int8     static int8 for OpenVINO, if it is as good
 python inference/export.py --to hf       checkpoints/hf, for transformers.pipeline
 """
 
 import argparse
+import contextlib
+import io
 import json
 import logging
 import os
@@ -12,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # by path, imports are looked for beside this file
@@ -25,20 +28,26 @@ import torch
 from inference.model_loader import (
     CHECKPOINT,
     CHECKPOINTS,
-    ONNX,
-    ONNX_FACTS,
+    HASHES,
+    INT8_BIN,
+    INT8_FILES,
+    INT8_METADATA,
+    INT8_XML,
+    TOKENIZER,
     Engine,
     LoadError,
-    onnx_engine,
+    import_openvino,
+    int8_engine,
     sha256,
     torch_engine,
 )
 from training.checkpoint import load_checkpoint
-from training.dataset import DataError, eval_loader, prepare_data
+from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data
 from training.model import Config, NewsClassifier
 
-MOST_LOST = 0.003  # of accuracy
-LEAST_AGREEING = 0.99  # of the labels
+MAX_ACCURACY_DROP = 0.003
+MIN_AGREEMENT = 0.99  # share of validation rows whose label int8 does not change
+CALIBRATION_ROWS = 300
 
 
 def load(folder: Path) -> tuple[NewsClassifier, dict]:
@@ -49,25 +58,36 @@ def load(folder: Path) -> tuple[NewsClassifier, dict]:
     return model, state
 
 
-def write_int8(model: NewsClassifier, path: Path) -> None:
-    """Weights as int8, a scale for each output channel; activations are quantised as they come."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def make_readable(folder: Path) -> None:
+    """Everyone may read what was exported, whatever the umask: a container has another user."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
+
+def write_int8(model: NewsClassifier, rows: list[np.ndarray], path: Path) -> None:
+    """`model` as OpenVINO's .xml and .bin, static int8: the scales of activations are fixed by what
+    they are for `rows` of token ids, so that a text's scores do not depend on its batch."""
+    openvino = import_openvino()
     example = (torch.ones(2, 9, dtype=torch.int64), torch.ones(2, 9, dtype=torch.int64))
-    free = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens", max=512)}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            model, example, dynamo=True, verbose=False, output_names=["logits"],
-            input_names=["input_ids", "attention_mask"],
-            dynamic_shapes={"input_ids": free, "attention_mask": free},
-        )  # fmt: skip
-        program.save(f"{folder}/fp32.onnx")
-        # only products with a weight; attention's own, of two activations, stay in fp32
-        quantize_dynamic(
-            f"{folder}/fp32.onnx", path, per_channel=True, weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )  # fmt: skip
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        exact = openvino.convert_model(model, example_input=example)
+        quantized = nncf.quantize(
+            exact,
+            nncf.Dataset([{"input_ids": x, "attention_mask": np.ones_like(x)} for x in rows]),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER,  # with SmoothQuant
+            subset_size=len(rows),
+        )
+    openvino.save_model(quantized, path, compress_to_fp16=False)
+
+
+def calibration_rows(train: TokenizedExamples) -> list[np.ndarray]:
+    """Training rows, (1, tokens) each: padding would count as text. Their order is random."""
+    return [train[i][0].long().numpy()[None] for i in range(min(CALIBRATION_ROWS, len(train)))]
 
 
 def labels_of(engine: Engine, loader) -> np.ndarray:
@@ -76,79 +96,101 @@ def labels_of(engine: Engine, loader) -> np.ndarray:
     )
 
 
-def compare(exact: Engine, int8: Engine, val) -> dict:
+def compare(exact: Engine, int8: Engine, val: TokenizedExamples) -> dict:
     """Both engines on the validation rows, in batches as the server forms them."""
     loader = eval_loader(val, 16)
     labels = np.concatenate([labels.numpy() for _, _, labels in loader])
-    ours, theirs = labels_of(exact, loader), labels_of(int8, loader)
+    exact_labels, int8_labels = labels_of(exact, loader), labels_of(int8, loader)
     return {
         "rows": len(labels),
-        "torch_accuracy": float((ours == labels).mean()),
-        "int8_accuracy": float((theirs == labels).mean()),
-        "agreement": float((ours == theirs).mean()),
+        "torch_accuracy": float((exact_labels == labels).mean()),
+        "int8_accuracy": float((int8_labels == labels).mean()),
+        "agreement": float((exact_labels == int8_labels).mean()),
     }
 
 
-def to_onnx(folder: Path, choice: str | None) -> None:
-    """Writes the int8 file and its facts, or raises LoadError and leaves no new file."""
+def write_metadata(folder: Path, checkpoint: Path, engine: Engine, **figures) -> None:
+    """The json beside an int8 model that was made of the checkpoint behind `engine`."""
+    metadata = {key: sha256(folder / name) for key, name in HASHES.items()}
+    metadata |= {"checkpoint_sha256": sha256(checkpoint)}
+    metadata |= {key: getattr(engine, key) for key in ("labels", "max_length", "vocab_size")}
+    metadata["info"] = {k: v for k, v in engine.info.items() if k not in ("engine", "device")}
+    text = json.dumps(metadata | figures, indent=1) + "\n"
+    (folder / INT8_METADATA).write_text(text, encoding="utf-8")
+
+
+def to_int8(folder: Path, choice: str | None) -> None:
+    """Writes the int8 model and its metadata, or raises LoadError and writes nothing."""
     exact = torch_engine(folder)  # refuses what the server would refuse
     model, state = load(folder)
     if choice is None:
         choice = "sample" if state["provenance"]["data"] == "sample" else "auto"
     data = prepare_data(choice, folder / "tokenizer", exact.max_length, None, None)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        place = Path(place)
-        write_int8(model, place / ONNX)
-        facts = {
-            "checkpoint_sha256": sha256(folder / CHECKPOINT), "onnx_sha256": sha256(place / ONNX),
-            "labels": exact.labels, "max_length": exact.max_length,
-            "info": {k: v for k, v in exact.info.items() if k not in ("engine", "device")},
-        }  # fmt: skip
-        (place / ONNX_FACTS).write_text(json.dumps(facts))
-        figures = compare(exact, onnx_engine(place), data.val) | {"data": data.source}
-        lost = figures["torch_accuracy"] - figures["int8_accuracy"]
-        said = (f"{figures['rows']:,} validation rows of {data.source}: accuracy "
-                f"{figures['torch_accuracy']:.4f} -> {figures['int8_accuracy']:.4f}, "
-                f"{figures['agreement']:.2%} of the labels agree")  # fmt: skip
-        if lost > MOST_LOST or figures["agreement"] < LEAST_AGREEING:
+    rows = calibration_rows(data.train)
+    print(f"quantizing with {len(rows)} training rows of {data.source}", flush=True)
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        new = Path(new)
+        write_int8(model, rows, new / INT8_XML)
+        (new / TOKENIZER).parent.mkdir()
+        shutil.copyfile(folder / TOKENIZER, new / TOKENIZER)
+        write_metadata(new, folder / CHECKPOINT, exact)
+        figures = compare(exact, int8_engine(new), data.val) | {"data": data.source}
+        result = (
+            f"{figures['rows']:,} validation rows of {data.source}: accuracy "
+            f"{figures['torch_accuracy']:.4f} -> {figures['int8_accuracy']:.4f}, "
+            f"{figures['agreement']:.2%} equal labels"
+        )
+        drop = figures["torch_accuracy"] - figures["int8_accuracy"]
+        if drop > MAX_ACCURACY_DROP or figures["agreement"] < MIN_AGREEMENT:
             raise LoadError(
-                f"int8 is not good enough, nothing was written: {said}; serve with ENGINE=torch"
+                f"int8 is not good enough, nothing was written: {result}; serve with ENGINE=torch"
             )
-        (place / ONNX_FACTS).write_text(json.dumps(facts | {"figures": figures}, indent=1) + "\n")
-        # without its facts an int8 file is not served, so no crash leaves a pair that is none
-        (folder / ONNX_FACTS).unlink(missing_ok=True)
-        os.replace(place / ONNX, folder / ONNX)
-        os.replace(place / ONNX_FACTS, folder / ONNX_FACTS)
-    print(f"{said}\nwrote {folder / ONNX} ({(folder / ONNX).stat().st_size / 2**20:.0f} MiB)")
+        write_metadata(new, folder / CHECKPOINT, exact, figures=figures)
+        make_readable(new)
+        # without its metadata an int8 model is not served, so a crash leaves no wrong pair
+        (folder / INT8_METADATA).unlink(missing_ok=True)
+        for name in INT8_FILES:
+            os.replace(new / name, folder / name)
+    size = (folder / INT8_BIN).stat().st_size / 2**20
+    print(f"{result}\nwrote {folder / INT8_XML}, .bin ({size:.0f} MiB) and .json")
 
 
 def model_card(state: dict) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     metrics, origin = state["metrics"], state["provenance"]
-    bases = {"packaged": "sentence-transformers/all-MiniLM-L6-v2",
-             "distilbert-base-uncased": "distilbert/distilbert-base-uncased"}  # fmt: skip
+    bases = {
+        "packaged": "sentence-transformers/all-MiniLM-L6-v2",
+        "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
+    }
     agnews = origin["data"] != "sample"
+    result = EvalResult(
+        task_type="text-classification",
+        dataset_type="fancyzhx/ag_news" if agnews else "other",
+        dataset_name=origin["data"],
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_value=round(metrics["test_accuracy"], 4),
+    )
     card = ModelCardData(
-        language="en", license="other" if agnews else "mit", library_name="transformers",
-        pipeline_tag="text-classification", base_model=bases.get(origin["model"]),
-        datasets=["fancyzhx/ag_news"] if agnews else None, metrics=["accuracy"],
+        language="en",
+        license="other" if agnews else "mit",
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=bases.get(origin["model"]),
+        datasets=["fancyzhx/ag_news"] if agnews else None,
+        metrics=["accuracy"],
         model_name="DistriNews",
-        eval_results=[EvalResult(
-            task_type="text-classification", dataset_type="fancyzhx/ag_news" if agnews else "other",
-            dataset_name=origin["data"], dataset_split="test", metric_type="accuracy",
-            metric_value=round(metrics["test_accuracy"], 4),
-        )],
-    )  # fmt: skip
+        eval_results=[result],
+    )
     licence = (
         "AG News is for research and other non-commercial use."
         if agnews
         else "The 480 items it was trained on were written for DistriNews: a demonstration, whose "
         "accuracy is not an AG News figure."
     )
-    recipe = ", ".join(f"{key} {origin[key]}" for key in
-                       ("lr", "warmup", "global_batch_size", "total_steps", "world_size",
-                        "precision", "seed"))  # fmt: skip
+    keys = "lr warmup global_batch_size total_steps world_size precision seed".split()
+    recipe = ", ".join(f"{key} {origin[key]}" for key in keys)
     return f"""---
 {card.to_yaml()}
 ---
@@ -168,25 +210,35 @@ repeats what its data holds of that time and those agencies.
 """
 
 
-def to_hf(folder: Path, out: Path) -> None:
+def to_hf(folder: Path) -> None:
     """A folder that `transformers.pipeline("text-classification", ...)` loads."""
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
     torch_engine(folder)
-    _, state = load(folder)
-    shape = dict(state["config"])
+    model, state = load(folder)
+    shape = asdict(model.config)
+    if (eps := shape.pop("layer_norm_eps")) != 1e-12:
+        raise LoadError(
+            f"layer_norm_eps of {folder / CHECKPOINT} is {eps}; transformers computes DistilBERT "
+            "with 1e-12 alone, and would give other scores; serve it with inference/app.py"
+        )
     names = dict(enumerate(state["labels"]))
     config = DistilBertConfig(
         **shape, id2label=names, label2id={name: i for i, name in names.items()}, pad_token_id=0
     )
-    model = DistilBertForSequenceClassification(config)
-    model.load_state_dict(state["model"], strict=True)
-    shutil.rmtree(out, ignore_errors=True)
-    model.save_pretrained(out)
+    exported = DistilBertForSequenceClassification(config)
+    exported.load_state_dict(state["model"], strict=True)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.model_max_length = state["max_length"]
-    tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(model_card(state))
+    out = folder / "hf"
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        new = Path(new, "hf")
+        exported.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(model_card(state), encoding="utf-8")
+        make_readable(new)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(new, out)
     print(f'wrote {out}; transformers.pipeline("text-classification", "{out}", truncation=True)')
 
 
@@ -194,16 +246,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", choices=["onnx", "hf"], required=True)
-    parser.add_argument("--checkpoint-dir", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--data", help="whose validation split judges int8 (default: the sample "
-                        "for a model of the sample, else auto)")  # fmt: skip
+    parser.add_argument("--to", choices=["int8", "hf"], required=True)
+    parser.add_argument(
+        "--checkpoint-dir", type=Path, default=CHECKPOINTS, help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--data",
+        help="whose training rows calibrate int8, and whose validation rows judge it (default: "
+        "sample for a model of the sample, else auto)",
+    )
     args = parser.parse_args()
-    logging.disable(logging.WARNING)  # the exporter's hints are for those who write one
-    if args.to == "onnx":
-        to_onnx(args.checkpoint_dir, args.data)
+    logging.disable(logging.WARNING)  # the libraries' hints are for those who write an exporter
+    if args.to == "int8":
+        to_int8(args.checkpoint_dir, args.data)
     else:
-        to_hf(args.checkpoint_dir, args.checkpoint_dir / "hf")
+        to_hf(args.checkpoint_dir)
 
 
 if __name__ == "__main__":
@@ -211,5 +268,7 @@ if __name__ == "__main__":
         main()
     except (LoadError, DataError) as error:
         sys.exit(f"error: {error}")
+    except ImportError as error:
+        sys.exit(f"error: {error}; pip install -r requirements.txt")
     except OSError as error:
-        sys.exit(f"error: cannot write {error.filename}: {error.strerror}")
+        sys.exit(f"error: {error.filename}: {error.strerror}")

@@ -1,32 +1,48 @@
-"""The checkpoint that training left, behind one of two engines: torch, exact, or int8 under ONNX.
+"""The checkpoint that training left, behind one of two engines: torch, exact, or int8 (OpenVINO).
 
 python -m inference.model_loader "Shares rose after the bank raised its forecast"
 
-With the onnx engine neither torch nor transformers is imported: the server starts sooner, and an
-image needs no torch at all. inference/export.py writes its two files beside the checkpoint.
+Settings: CHECKPOINT_DIR, and THREADS or OMP_NUM_THREADS for the threads that the model uses. The
+int8 engine imports neither torch nor transformers; inference/export.py writes its three files.
 """
 
+import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from tokenizers import Tokenizer
 
-CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+from training.machine import cores
+
+ENGINES = ("auto", "torch", "int8")
+CHECKPOINTS = Path(os.environ.get("CHECKPOINT_DIR") or Path(__file__).parent.parent / "checkpoints")
 CHECKPOINT = "distilbert_agnews.pt"
-ONNX = "distilbert_agnews.int8.onnx"
-ONNX_FACTS = "distilbert_agnews.int8.json"  # what belongs to the file and cannot stand in it
+TOKENIZER = "tokenizer/tokenizer.json"
+INT8_XML, INT8_BIN = "distilbert_agnews.int8.xml", "distilbert_agnews.int8.bin"
+INT8_METADATA = "distilbert_agnews.int8.json"  # hashes, labels, and how good int8 is
+INT8_FILES = (INT8_XML, INT8_BIN, INT8_METADATA)
+HASHES = {  # a key of the metadata -> the file whose SHA-256 it is
+    "xml_sha256": INT8_XML,
+    "bin_sha256": INT8_BIN,
+    "tokenizer_sha256": TOKENIZER,
+}
 REMEDY = "train one first: make demo, or bash training/run_ddp.sh"
+EXPORT = "python inference/export.py --to int8"
 
 
 class LoadError(Exception):
-    """A checkpoint that cannot be served; the message is one line and names the remedy."""
+    """A model that cannot be served; the message is one line and names the remedy."""
+
+
+class NoInt8Error(LoadError):
+    """There is no int8 model of this checkpoint, so `auto` takes torch."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,7 @@ class Engine:
     logits: Callable[[np.ndarray, np.ndarray], np.ndarray]
     labels: list[str]
     max_length: int
+    vocab_size: int
     info: dict  # backbone, data, engine, device, test_accuracy, checkpoint
 
 
@@ -50,31 +67,50 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_count(name: str) -> int | None:
+    """A positive number from the environment; None if it is not set."""
+    value = os.environ.get(name)
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 1024):
+        raise LoadError(f"{name}={value}: expected a whole number from 1 to 1024")
+    return int(value)
+
+
+def workers() -> int:
+    """Server processes that share the cores: --workers of uvicorn or gunicorn, or WEB_CONCURRENCY.
+
+    Neither server tells its workers how many they are, but they all see its command line.
+    """
+    count = None
+    if any(name in sys.argv[0] for name in ("uvicorn", "gunicorn")):
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("-w", "--workers")
+        count = parser.parse_known_args()[0].workers
+    return int(count) if count and count.isdigit() else read_count("WEB_CONCURRENCY") or 1
+
+
 def threads() -> int:
-    """Cores that this process may use; a container's share can be smaller than the machine."""
-    able = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:  # `docker run --cpus 2` hides no core, it sets a quota: "200000 100000" microseconds
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-    except (OSError, ValueError):  # no cgroup of version 2, or "max"
-        return able
-    return max(1, min(able, quota // period))
+    """Threads of one forward pass: as set, or this worker's share of the cores."""
+    count = read_count("THREADS") or read_count("OMP_NUM_THREADS")
+    return count or max(1, cores() // max(1, workers()))
 
 
 def torch_engine(folder: Path) -> Engine:
     """Rank 0's checkpoint in fp32, on a GPU if there is one."""
-    path = folder / CHECKPOINT
-    if importlib.util.find_spec("torch") is None:
-        raise LoadError(f"no usable {ONNX} in {folder}, and {CHECKPOINT} needs torch; {REMEDY}")
+    path, tokenizer = folder / CHECKPOINT, folder / TOKENIZER
     # oneDNN would keep torch's CPU kernels for 1,024 shapes, and memory grow until batches of as
     # many sizes and lengths have been seen; tests/faults/serve.py watches it
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    import torch
+    try:
+        import torch
+    except ImportError:
+        raise LoadError(f"no usable {INT8_XML} in {folder}, and no torch to run {path}") from None
 
     from training.checkpoint import CheckpointError, load_checkpoint
     from training.model import Config, NewsClassifier
 
     keys = ("model", "config", "labels", "max_length", "metrics", "provenance", "tokenizer_sha256")
-    tokenizer = folder / "tokenizer" / "tokenizer.json"
     try:
         state = load_checkpoint(path, keys)
         model = NewsClassifier(Config(**state["config"])).eval()
@@ -83,11 +119,9 @@ def torch_engine(folder: Path) -> Engine:
         raise LoadError(f"{error}: make demo, or bash training/run_ddp.sh") from None
     except (TypeError, ValueError, RuntimeError, AttributeError):
         raise LoadError(f"the weights in {path} do not fit its config; {REMEDY}") from None
-    if model.config.num_labels != len(state["labels"]):
-        raise LoadError(
-            f"{path} has {model.config.num_labels} classes and {len(state['labels'])} labels; "
-            f"{REMEDY}"
-        )
+    classes, labels = model.config.num_labels, state["labels"]
+    if classes != len(labels):
+        raise LoadError(f"{path} has {classes} classes and {len(labels)} labels; {REMEDY}")
     if not all(value.isfinite().all() for value in model.parameters()):
         raise LoadError(f"{path} holds weights that are not finite; {REMEDY}")
     if tokenizer.exists() and sha256(tokenizer) != state["tokenizer_sha256"]:
@@ -98,88 +132,119 @@ def torch_engine(folder: Path) -> Engine:
 
     @torch.inference_mode()
     def logits(input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        put = [torch.from_numpy(array).to(device) for array in (input_ids, attention_mask)]
-        return model(*put).float().cpu().numpy()
+        inputs = [torch.from_numpy(array).to(device) for array in (input_ids, attention_mask)]
+        return model(*inputs).float().cpu().numpy()
 
     info = {
-        "backbone": state["provenance"]["model"], "data": state["provenance"]["data"],
-        "engine": "torch", "device": device.type,
-        "test_accuracy": state["metrics"]["test_accuracy"], "checkpoint": sha256(path)[:12],
-    }  # fmt: skip
-    return Engine(logits, state["labels"], state["max_length"], info)
+        "backbone": state["provenance"]["model"],
+        "data": state["provenance"]["data"],
+        "engine": "torch",
+        "device": device.type,
+        "test_accuracy": state["metrics"]["test_accuracy"],
+        "checkpoint": sha256(path)[:12],
+    }
+    return Engine(logits, labels, state["max_length"], model.config.vocab_size, info)
 
 
-def onnx_engine(folder: Path) -> Engine:
-    """The int8 file that export.py made of the checkpoint, on the CPU."""
-    import onnxruntime
+def read_metadata(folder: Path) -> dict:
+    """What export.py noted about the int8 model, once the files beside it are the ones it names.
 
-    path, again = folder / ONNX, "export it again: python inference/export.py --to onnx"
-    facts = read_facts(folder)
-    if facts is None:
-        raise LoadError(f"no usable {ONNX_FACTS} in {folder}; {again}")
-    if (folder / CHECKPOINT).exists() and facts["checkpoint_sha256"] != sha256(folder / CHECKPOINT):
-        raise LoadError(f"{path} was made of another checkpoint than {CHECKPOINT}; {again}")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads()  # ONNX Runtime does not read OMP_NUM_THREADS
-    # threads spin for the next piece of a batch, not for the next batch: an idle one would take the
-    # core that answers HTTP
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
+    Raises NoInt8Error if there is no int8 model of this checkpoint, LoadError if it is corrupted.
+    """
+    path, again = folder / INT8_METADATA, f"export it again: {EXPORT}"
     try:
-        found = sha256(path)
-    except OSError as error:
-        raise LoadError(f"cannot read {path}: {error.strerror}; {again}") from None
-    if found != facts["onnx_sha256"]:
-        raise LoadError(f"{path} is damaged or not the one of {ONNX_FACTS}; {again}")
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        wanted = {*HASHES, "checkpoint_sha256", "labels", "max_length", "vocab_size", "info"}
+        if not wanted <= metadata.keys():
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
+        raise NoInt8Error(f"no usable {INT8_METADATA} in {folder}; {again}") from None
+    checkpoint = folder / CHECKPOINT  # not there in an image
+    if checkpoint.exists() and sha256(checkpoint) != metadata["checkpoint_sha256"]:
+        raise NoInt8Error(f"{path} was made of another checkpoint than {CHECKPOINT}; {again}")
+    for key, name in HASHES.items():
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            kind = NoInt8Error if name in INT8_FILES else LoadError
+            raise kind(f"cannot read {folder / name}: {error.strerror}; {again}") from None
+        if found != metadata[key]:
+            raise LoadError(
+                f"{folder / name} is corrupted or not the one of {INT8_METADATA}; {again}"
+            )
+    return metadata
+
+
+def import_openvino():
+    """`import openvino`, without its telemetry, which would report each import to Google Analytics.
+
+    Where its telemetry package cannot be imported, OpenVINO (and NNCF) use an empty one instead.
+    """
+    sys.modules["openvino_telemetry"] = None
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception:  # onnxruntime's own have no base class in common but this
-        raise LoadError(f"{path} is no model that onnxruntime can run; {again}") from None
+        import openvino
+    except ImportError:
+        raise NoInt8Error(f"{INT8_XML} needs openvino: pip install openvino") from None
+    return openvino
+
+
+def int8_engine(folder: Path) -> Engine:
+    """The int8 model that export.py made of the checkpoint, on the CPU."""
+    openvino, metadata = import_openvino(), read_metadata(folder)
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads(),
+        # threads bound to cores would meet those of another worker there
+        "ENABLE_CPU_PINNING": False,
+        # not bf16 where a CPU has it: scores would depend on the machine, and more on the batch
+        "INFERENCE_PRECISION_HINT": "f32",
+        # kernels are kept by shape of the batch: as many as there are would fill the memory
+        "CPU_RUNTIME_CACHE_CAPACITY": 64,
+    }
+    try:
+        compiled = openvino.Core().compile_model(folder / INT8_XML, "CPU", options)
+    except RuntimeError:
+        raise LoadError(f"OpenVINO cannot run {folder / INT8_XML}; {EXPORT}") from None
+    request, lock = compiled.create_infer_request(), Lock()
 
     def logits(input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
-        feed = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return session.run(None, feed)[0]
+        with lock:  # a request runs one batch at a time
+            return request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]
 
-    info = facts["info"] | {"engine": "onnx", "device": "cpu"}
-    return Engine(logits, facts["labels"], facts["max_length"], info)
+    info = metadata["info"] | {"engine": "int8", "device": "cpu"}
+    return Engine(logits, metadata["labels"], metadata["max_length"], metadata["vocab_size"], info)
 
 
-def read_facts(folder: Path) -> dict | None:
+def load_engine(folder: Path, choice: str) -> Engine:
+    """`auto`: int8 if there is an int8 model of this checkpoint, else torch."""
+    if choice not in ENGINES:
+        raise LoadError(f"ENGINE={choice}: expected {', '.join(ENGINES)}")
+    if choice == "torch":
+        return torch_engine(folder)
     try:
-        facts = json.loads((folder / ONNX_FACTS).read_text())
-        wanted = {"checkpoint_sha256", "onnx_sha256", "labels", "max_length", "info"}
-        return facts if wanted <= facts.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def choose_engine(choice: str, folder: Path) -> str:
-    """`auto` -> onnx, if its file belongs to the checkpoint at hand or stands alone; else torch."""
-    if choice not in {"auto", "torch", "onnx"}:
-        raise LoadError(f"ENGINE={choice}: expected auto, torch or onnx")
-    if choice != "auto":
-        return choice
-    facts = read_facts(folder)
-    if facts is None or not (folder / ONNX).exists():
-        return "torch"
-    if not (folder / CHECKPOINT).exists():
-        return "onnx"
-    return "onnx" if facts["checkpoint_sha256"] == sha256(folder / CHECKPOINT) else "torch"
+        return int8_engine(folder)
+    except NoInt8Error:
+        if choice == "int8":
+            raise
+        return torch_engine(folder)
 
 
 class Classifier:
     """A trained model with its tokenizer: texts to tokens, and tokens to the scores of labels."""
 
     def __init__(self, folder: Path = CHECKPOINTS, engine: str = "auto"):
-        chosen = choose_engine(engine, folder)
-        self.engine = torch_engine(folder) if chosen == "torch" else onnx_engine(folder)
+        self.engine = load_engine(folder, engine)
         self.labels, self.info = self.engine.labels, self.engine.info
-        path = folder / "tokenizer" / "tokenizer.json"
+        path = folder / TOKENIZER
         try:
-            self.tokenizer = Tokenizer.from_str(path.read_text())
+            self.tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # missing, or tokenizers' own bare Exception
-            what = "no tokenizer at" if isinstance(error, OSError) else "damaged:"
-            raise LoadError(f"{what} {path}; {REMEDY}") from None
+            problem = "no tokenizer at" if isinstance(error, OSError) else "corrupted:"
+            raise LoadError(f"{problem} {path}; {REMEDY}") from None
+        if (size := self.tokenizer.get_vocab_size()) > self.engine.vocab_size:
+            raise LoadError(
+                f"{path} has {size} tokens, the model {self.engine.vocab_size}; {REMEDY}"
+            )
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()  # done below, where it is seen whether it happened
         self.end = self.tokenizer.encode("").ids[-1]  # [SEP]
@@ -220,6 +285,8 @@ class Classifier:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit('error: no text; python -m inference.model_loader "Shares rose"')
     try:
         print(json.dumps(Classifier().predict(sys.argv[1:])))
     except LoadError as error:

@@ -27,42 +27,19 @@ def news_folder(tmp_path_factory):
 def trained(tiny_backbone, news_folder, tmp_path_factory):
     """A checkpoint folder as train_single.py leaves it."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [
-        sys.executable,
-        ROOT / "training" / "train_single.py",
-        "--model",
-        tiny_backbone,
-        "--data",
-        news_folder,
-        "--checkpoint-dir",
-        folder / "c",
-        "--lr",
-        "5e-3",
-        "--epochs",
-        20,
-        "--global-batch-size",
-        8,
-        "--dropout",
-        0,
-    ]
-    subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=100)
+    command = [sys.executable, ROOT / "training" / "train_single.py", "--model", tiny_backbone]
+    command += ["--data", news_folder, "--checkpoint-dir", folder / "c", "--lr", "5e-3"]
+    command += ["--epochs", 20, "--global-batch-size", 8, "--dropout", 0]
+    subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=280)
     return folder / "c"
 
 
 @pytest.fixture(scope="session")
 def exported(trained, news_folder):
     """`trained` with its int8 files beside it, as export.py writes them."""
-    command = [
-        sys.executable,
-        ROOT / "inference" / "export.py",
-        "--to",
-        "onnx",
-        "--data",
-        news_folder,
-        "--checkpoint-dir",
-        trained,
-    ]
+    command = [sys.executable, ROOT / "inference" / "export.py", "--to", "int8"]
+    command += ["--data", news_folder, "--checkpoint-dir", trained]
     env = environment()
     del env["PYTHONPATH"]  # a user has none
-    subprocess.run([*map(str, command)], cwd=trained, env=env, check=True, timeout=100)
+    subprocess.run([*map(str, command)], cwd=trained, env=env, check=True, timeout=280)
     return trained

@@ -1,4 +1,7 @@
-"""The machine a run is on: its cores, its memory, whether it reaches the Hub, its name."""
+"""The machine a run is on: its cores, its memory, whether it reaches the Hub, its name.
+
+torch is imported where it is needed: the server asks for the cores, and its image has no torch.
+"""
 
 import ctypes
 import math
@@ -12,8 +15,10 @@ import urllib.error
 import urllib.request
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,6 +57,8 @@ def tune_cpu() -> None:
     to be cleared, page by page. oneDNN caches a kernel for each input shape, and its 1,024 kernels
     would fragment the heap that is kept.
     """
+    import torch
+
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it
         torch.set_num_threads(cores())
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -90,9 +97,11 @@ def hub_answers(seconds: float = 5) -> bool:
     return bool(answers)
 
 
-def host(device: torch.device) -> str:
+def host(device: "torch.device") -> str:
     """The machine in a few words: its GPU, or its CPU and the cores that this process may use."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -117,9 +126,11 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def peak_memory_mb(device: torch.device) -> float:
+def peak_memory_mb(device: "torch.device") -> float:
     """MiB: on a GPU the most that tensors took, else the most that this process held resident."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
