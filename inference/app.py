@@ -26,7 +26,13 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+)
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -388,6 +394,15 @@ async def metrics():
 @app.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def page():
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+@app.get("/source", include_in_schema=False)
+async def source():
+    """This file; or the repository, where SOURCE_URL or a Space's own variable says which."""
+    url = os.environ.get("SOURCE_URL")
+    if space := os.environ.get("SPACE_ID"):
+        url = url or f"https://huggingface.co/spaces/{space}/tree/main"
+    return RedirectResponse(url) if url else FileResponse(__file__, media_type="text/plain")
 
 
 @app.get("/docs", include_in_schema=False)
