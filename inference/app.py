@@ -169,9 +169,12 @@ class Service:
     async def predict(self, texts: list[str]) -> list[dict]:
         classifier, unk = self.classifier, self.classifier.tokenizer.token_to_id("[UNK]")
         with self.batcher.admit(len(texts)):
-            encoded = []  # in pieces: once the client has hung up, the rest is left alone
-            for i in range(0, len(texts), 8):
-                encoded += await asyncio.to_thread(list, map(classifier.encode, texts[i : i + 8]))
+            encoded = []
+            if sum(map(len, texts)) < 2000:  # a fraction of a millisecond; a thread would cost more
+                encoded = list(map(classifier.encode, texts))
+            while len(encoded) < len(texts):  # in pieces: a client that hangs up stops the rest
+                piece = texts[len(encoded) :][:8]
+                encoded += await asyncio.to_thread(list, map(classifier.encode, piece))
             truncated_texts.inc(sum(row.truncated for row in encoded))
             scores = await self.batcher.submit([row.ids for row in encoded])
         return [  # between [CLS] and [SEP]
