@@ -236,6 +236,11 @@ class LoadSheddingMiddleware:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        max_bytes = MAX_BODY_BYTES.get(path) if scope["method"] == "POST" else None
+        if max_bytes and (refusal := self.refusal(scope, max_bytes)):
+            requests.labels(path, refusal.status_code).inc()  # most of an overload ends here
+            return await refusal(scope, receive, send)
         t0, status = time.perf_counter(), 499  # nginx's "client closed request"
 
         async def send_and_note(message):
@@ -244,10 +249,9 @@ class LoadSheddingMiddleware:
                 status = message["status"]
             await send(message)
 
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
-            if scope["method"] == "POST" and path in MAX_BODY_BYTES:
-                await self.predict(scope, receive, send_and_note, MAX_BODY_BYTES[path])
+            if max_bytes:
+                await self.predict(scope, receive, send_and_note, max_bytes)
             else:
                 await self.app(scope, receive, send_and_note)
         except Exception:
@@ -262,11 +266,9 @@ class LoadSheddingMiddleware:
                 seconds.labels(route).observe(time.perf_counter() - t0)
 
     async def predict(self, scope, receive, send, max_bytes: int) -> None:
-        body = bytearray()
-        refusal = self.refusal(scope, max_bytes)
+        body, more, refusal = bytearray(), True, None
         try:
             async with asyncio.timeout(MAX_BODY_SECONDS):
-                more = not refusal
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -299,17 +301,16 @@ class LoadSheddingMiddleware:
             handler.result()  # raises what it raised
 
     def refusal(self, scope, max_bytes: int, read: int = 0) -> Response | None:
+        if service.batcher and not service.batcher.has_capacity():
+            return queue_full_response(service.batcher.retry_after())
+        if self.unread_bytes > MAX_UNREAD_BYTES:
+            return queue_full_response(1)
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             return JSONResponse({"detail": "body: expected without Content-Encoding"}, 415)
         declared = headers.get(b"content-length", b"0")
         if read > max_bytes or (declared.isdigit() and int(declared) > max_bytes):
             return JSONResponse({"detail": f"body: over {max_bytes // 1024} KiB"}, 413)
-        batcher = service.batcher
-        if batcher and not batcher.has_capacity():
-            return queue_full_response(batcher.retry_after())
-        if self.unread_bytes > MAX_UNREAD_BYTES:
-            return queue_full_response(1)
         return None
 
 

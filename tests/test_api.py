@@ -329,7 +329,8 @@ def test_overload_gets_429_at_once_and_health_answers_meanwhile(trained, slow_ap
             answer = await client.post(path, json=body)
             return answer, time.perf_counter()
 
-        limits = httpx.Limits(max_connections=400)
+        # by its own default the client keeps a connection just as long as the server does
+        limits = httpx.Limits(max_connections=400, keepalive_expiry=1)
         async with httpx.AsyncClient(base_url=url, limits=limits, timeout=120) as client:
             bodies = [{"text": f"bank {n}"} for n in range(300)]
             tasks = [asyncio.create_task(ask("/predict", body)) for body in bodies]
