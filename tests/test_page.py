@@ -110,8 +110,17 @@ class Page:
         return WebDriverWait(self.driver, seconds, 0.02).until(lambda _: condition())
 
     def says(self, css, words):
-        self.wait(lambda: any(words in found.text for found in self.all(css)))
-        return self.one(css).text
+        """Waits until an element says the words -> all that the first one says. In one script: an
+        element can be replaced between being found and being read."""
+        script = "return [...document.querySelectorAll(arguments[0])].map((one) => one.innerText)"
+        found = []
+
+        def said():
+            found[:] = self.driver.execute_script(script, css)
+            return any(words in text for text in found)
+
+        self.wait(said)
+        return found[0]
 
     def ask(self, text):
         # a key for each of thousands of letters would take minutes
