@@ -41,13 +41,19 @@ def space_card(metadata: dict) -> str:
     """README.md of the Space; its header is what the Hub reads."""
     info, sample = metadata["info"], metadata["info"]["data"] == "sample"
     card = SpaceCardData(
-        title="DistriNews", emoji="📰", colorFrom="blue", colorTo="green", sdk="docker",
-        app_port=7860, short_description="Labels news as World, Sports, Business or Sci/Tech",
-        tags=["text-classification", "fastapi"], license="mit" if sample else "other",
+        title="DistriNews",
+        emoji="📰",
+        colorFrom="blue",
+        colorTo="green",
+        sdk="docker",
+        app_port=7860,
+        short_description="Labels news as World, Sports, Business or Sci/Tech",
+        tags=["text-classification", "fastapi"],
+        license="mit" if sample else "other",
         # the code is MIT; a model of AG News comes under the terms of that collection
         license_name=None if sample else "ag-news-non-commercial",
         license_link=None if sample else AG_NEWS_TERMS,
-    )  # fmt: skip
+    )
     terms = (
         "480 items written for DistriNews, so its accuracy is not an AG News figure"
         if sample
@@ -143,8 +149,13 @@ def main() -> None:
     parser.add_argument("space", metavar="OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="for its owner's token only")
     parser.add_argument("--dry-run", action="store_true", help="list the files, contact nobody")
-    parser.add_argument("--timeout", type=int, default=1200, metavar="SECONDS",
-                        help="for building and starting (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--timeout",
+        type=int,
+        default=1200,
+        metavar="SECONDS",
+        help="for building and starting (default: %(default)s)",
+    )
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.space):
         raise DeployError(f"{args.space}: expected OWNER/NAME")
@@ -163,17 +174,22 @@ def main() -> None:
         try:
             # None, not False: a public Space is not forced on an organisation that has private ones
             api.create_repo(
-                args.space, repo_type="space", space_sdk="docker", private=args.private or None,
+                args.space,
+                repo_type="space",
+                space_sdk="docker",
+                private=args.private or None,
                 exist_ok=True,
-            )  # fmt: skip
+            )
             info = api.space_info(args.space)
             if info.sdk not in (None, "docker") or (args.private and not info.private):
                 kind = f"{info.sdk}, {'private' if info.private else 'public'}"
                 raise DeployError(f"{args.space} is another Space ({kind}); choose another name")
             commit = api.upload_folder(
-                repo_id=args.space, repo_type="space", folder_path=folder,
+                repo_id=args.space,
+                repo_type="space",
+                folder_path=folder,
                 commit_message="Deploy DistriNews",
-            ).oid  # fmt: skip
+            ).oid
             checkpoint = metadata["info"]["checkpoint"]
             wait_until_served(api, args.space, commit, checkpoint, args.timeout)
         except (HTTPError, HFValidationError, OSError, RuntimeError) as error:

@@ -44,8 +44,12 @@ class Handler(BaseHTTPRequestHandler):
     revision = info
 
     def preupload(self, hub, body) -> dict:
-        return {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False,
-                           "oid": None} for file in json.loads(body)["files"]]}  # fmt: skip
+        return {
+            "files": [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for file in json.loads(body)["files"]
+            ]
+        }
 
     def commit(self, hub, body) -> dict:
         for item in map(json.loads, body.splitlines()):
@@ -68,8 +72,10 @@ class FakeSpace:
         self.asked, self.files, self.created, self.app_tokens = [], {}, None, set()
         self.create_status, self.space = 200, {"sdk": "docker", "private": False}
         self.stages, self.app_statuses = [("RUNNING", COMMIT)], []
-        self.app = {"/health": {"status": "healthy", "model": {"checkpoint": checkpoint}},
-                    "/predict": {"label": "Business", "confidence": 0.97}}  # fmt: skip
+        self.app = {
+            "/health": {"status": "healthy", "model": {"checkpoint": checkpoint}},
+            "/predict": {"label": "Business", "confidence": 0.97},
+        }
 
     def __enter__(self):
         Thread(target=self.server.serve_forever, args=[0.05], daemon=True).start()

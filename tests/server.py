@@ -13,8 +13,16 @@ from pathlib import Path
 from tests.ranks import ROOT, environment
 
 UVICORN = [sys.executable, "-m", "uvicorn", "--port", "0", "--http", "h11"]
-GUNICORN = [sys.executable, "-m", "gunicorn", "-k", "uvicorn_worker.UvicornWorker",
-            "--bind", "127.0.0.1:0", "--no-control-socket"]  # fmt: skip
+GUNICORN = [
+    sys.executable,
+    "-m",
+    "gunicorn",
+    "-k",
+    "uvicorn_worker.UvicornWorker",
+    "--bind",
+    "127.0.0.1:0",
+    "--no-control-socket",
+]
 
 
 @contextmanager
@@ -30,8 +38,14 @@ def process(checkpoints: Path, *flags: str, command=UVICORN, app="inference.app:
     env = environment(CHECKPOINT_DIR=str(checkpoints)) | extra
     log = checkpoints / "server.log"
     with open(log, "w") as file:
-        master = subprocess.Popen([*command, *flags, app], cwd=ROOT, env=env, stdout=file,
-                                  stderr=file, start_new_session=True)  # fmt: skip
+        master = subprocess.Popen(
+            [*command, *flags, app],
+            cwd=ROOT,
+            env=env,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
     try:
         yield wait_until_healthy(master, log), master
     finally:

@@ -154,8 +154,11 @@ def test_the_docs_come_without_a_network(http):
 
 def test_other_sites_may_ask_if_they_are_named(http):
     for origin, allowed in (("https://b.example",) * 2, ("https://c.example", None)):
-        headers = {"Origin": origin, "Access-Control-Request-Method": "POST",
-                   "Access-Control-Request-Headers": "content-type"}  # fmt: skip
+        headers = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type",
+        }
         before = http.options("/predict", headers=headers)
         answer = http.post("/predict", json={"text": " "}, headers={"Origin": origin})
         for one in (before, answer):
@@ -171,8 +174,10 @@ def test_the_app_works_when_another_one_mounts_it(trained, monkeypatch):
     async def go():
         transport = httpx.ASGITransport(outer)  # as Starlette, it runs no lifespan of a mounted app
         async with httpx.AsyncClient(transport=transport, base_url="http://x/news") as client:
-            answers = [await client.post("/predict", json={"text": "x" * size})
-                       for size in (9, 30_000, 70_000)]  # fmt: skip
+            answers = [
+                await client.post("/predict", json={"text": "x" * size})
+                for size in (9, 30_000, 70_000)
+            ]
             health, metrics = await client.get("/health"), await client.get("/metrics")
         inference.app.service.stop()
         return [answer.status_code for answer in (*answers, health)], metrics.text
@@ -270,8 +275,20 @@ def test_no_body_makes_a_server_error(http, body, path):
 
 
 def test_schemathesis_finds_nothing_with_all_its_checks(url, tmp_path):
-    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--checks",
-               "all", "--seed", "1", "--max-examples", "40", "--no-color"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
+        "run",
+        f"{url}/openapi.json",
+        "--checks",
+        "all",
+        "--seed",
+        "1",
+        "--max-examples",
+        "40",
+        "--no-color",
+    ]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
     )
@@ -282,9 +299,12 @@ def test_schemathesis_finds_nothing_with_all_its_checks(url, tmp_path):
 def test_garbage_and_endless_headers_on_the_wire_do_no_harm(url, http):
     host, port = url.removeprefix("http://").split(":")
     for garbage in (
-        b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"POST /predict HTTP/1.1\r\n" * 50,
-        b"GET /" + b"a" * 2**20, b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 2**18,
-    ):  # fmt: skip
+        b"\x16\x03\x01\x02\x00",
+        b"GET\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\n" * 50,
+        b"GET /" + b"a" * 2**20,
+        b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 2**18,
+    ):
         with socket.create_connection((host, int(port)), timeout=5) as wire:
             try:
                 wire.sendall(garbage)
@@ -400,8 +420,14 @@ def test_workers_share_their_metrics(trained, tmp_path):
 )
 def test_what_cannot_be_served_ends_with_one_line(trained, workers, variable, value, says):
     env = environment(CHECKPOINT_DIR=str(trained)) | {variable: value}
-    done = subprocess.run([*UVICORN, "--workers", str(workers), "inference.app:app"], cwd=ROOT, env=env,
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [*UVICORN, "--workers", str(workers), "inference.app:app"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     errors = [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")]
     assert done.returncode != 0
     assert len(errors) == 1 and errors[0].startswith("error: ") and says in errors[0]
@@ -409,15 +435,22 @@ def test_what_cannot_be_served_ends_with_one_line(trained, workers, variable, va
 
 @pytest.mark.parametrize(
     "command, whole_group",
-    [(UVICORN, False), ([*UVICORN, "--workers", "2"], False), ([*UVICORN, "--workers", "2"], True),
-     ([*GUNICORN, "-w", "2"], False), ([*GUNICORN, "-w", "2"], True)],
+    [
+        (UVICORN, False),
+        ([*UVICORN, "--workers", "2"], False),
+        ([*UVICORN, "--workers", "2"], True),
+        ([*GUNICORN, "-w", "2"], False),
+        ([*GUNICORN, "-w", "2"], True),
+    ],
     ids=["uvicorn", "uvicorn 2", "uvicorn 2, group", "gunicorn 2", "gunicorn 2, group"],
-)  # fmt: skip
+)
 def test_sigterm_answers_what_was_accepted(trained, slow_app, command, whole_group):
     async def go(url, master):
         async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            tasks = [asyncio.create_task(client.post("/predict", json={"text": f"bank {n}"}))
-                     for n in range(40)]  # fmt: skip
+            tasks = [
+                asyncio.create_task(client.post("/predict", json={"text": f"bank {n}"}))
+                for n in range(40)
+            ]
             await asyncio.sleep(1)
             assert not all(task.done() for task in tasks)
             (os.killpg if whole_group else os.kill)(master.pid, signal.SIGTERM)

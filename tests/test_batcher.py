@@ -35,8 +35,10 @@ async def let_it_work():
 def test_every_client_gets_its_own_answers_in_order():
     async def go():
         batcher, rng = Batcher(echo, limit=10_000), np.random.default_rng(0)
-        calls = [[rng.integers(1, 999, rng.integers(1, 60)).tolist() for _ in range(n % 5 + 1)]
-                 for n in range(200)]  # fmt: skip
+        calls = [
+            [rng.integers(1, 999, rng.integers(1, 60)).tolist() for _ in range(n % 5 + 1)]
+            for n in range(200)
+        ]
         answers = await asyncio.gather(*map(batcher.submit, calls))
         batcher.close()
         return calls, answers

@@ -13,11 +13,18 @@ from ranks import ROOT, environment
 from inference.model_loader import INT8_BIN, INT8_METADATA
 
 SENT = {
-    "Dockerfile", "README.md", "inference/requirements.txt", "inference/app.py",
-    "inference/batcher.py", "inference/model_loader.py", "inference/index.html",
-    "checkpoints/tokenizer/tokenizer.json", "checkpoints/distilbert_agnews.int8.xml",
-    "checkpoints/distilbert_agnews.int8.bin", "checkpoints/distilbert_agnews.int8.json",
-}  # fmt: skip
+    "Dockerfile",
+    "README.md",
+    "inference/requirements.txt",
+    "inference/app.py",
+    "inference/batcher.py",
+    "inference/model_loader.py",
+    "inference/index.html",
+    "checkpoints/tokenizer/tokenizer.json",
+    "checkpoints/distilbert_agnews.int8.xml",
+    "checkpoints/distilbert_agnews.int8.bin",
+    "checkpoints/distilbert_agnews.int8.json",
+}
 
 
 @pytest.fixture
@@ -34,12 +41,21 @@ def hub(exported):
 
 def deploy(checkpoints, hub, *flags, name="some-one/news", **extra):
     """The script by its path, from another folder, with no more than a user's environment."""
-    env = environment(CHECKPOINT_DIR=str(checkpoints), HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret",
-                      HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0") | extra  # fmt: skip
+    env = (
+        environment(
+            CHECKPOINT_DIR=str(checkpoints),
+            HF_ENDPOINT=hub.url,
+            HF_TOKEN="hf_secret",
+            HF_HUB_DISABLE_XET="1",
+            HF_HUB_OFFLINE="0",
+        )
+        | extra
+    )
     del env["PYTHONPATH"]
     command = [sys.executable, str(ROOT / "inference" / "deploy_space.py"), name, *flags]
-    done = subprocess.run(command, cwd=checkpoints.parent, env=env, timeout=100,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        command, cwd=checkpoints.parent, env=env, timeout=100, capture_output=True, text=True
+    )
     assert "hf_secret" not in done.stdout + done.stderr
     return done
 

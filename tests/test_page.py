@@ -22,10 +22,21 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 ATTACK = "<script>hit = 1</script><img src=x onerror='hit = 1'><b id=bold>match</b>"
-MODEL = {"backbone": ATTACK, "data": "sample", "engine": "int8", "device": "cpu",
-         "test_accuracy": 0.876, "checkpoint": "0123456789ab"}  # fmt: skip
-UNSURE = {"label": "Sports", "confidence": 0.5, "truncated": True, "out_of_vocabulary": False,
-          "scores": {"World": 0.1, "Sports": 0.5, "Business": 0.35, "Sci/Tech": 0.05}}  # fmt: skip
+MODEL = {
+    "backbone": ATTACK,
+    "data": "sample",
+    "engine": "int8",
+    "device": "cpu",
+    "test_accuracy": 0.876,
+    "checkpoint": "0123456789ab",
+}
+UNSURE = {
+    "label": "Sports",
+    "confidence": 0.5,
+    "truncated": True,
+    "out_of_vocabulary": False,
+    "scores": {"World": 0.1, "Sports": 0.5, "Business": 0.35, "Sci/Tech": 0.05},
+}
 
 
 class FakeApi(BaseHTTPRequestHandler):
@@ -74,10 +85,14 @@ def browser(tmp_path_factory):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-proxy-server", f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-proxy-server",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
-    ):  # fmt: skip
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(executable_path=DRIVER))
@@ -164,8 +179,11 @@ def test_a_headline_is_asked_and_answered_by_keyboard_alone(server, page):
     assert page.one("#scores .best").text.startswith(label)
     # nothing left the origin, and the policy had to stop nothing
     events = [json.loads(line["message"])["message"] for line in page.driver.get_log("performance")]
-    urls = {event["params"]["request"]["url"] for event in events
-            if event["method"] == "Network.requestWillBeSent"}  # fmt: skip
+    urls = {
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    }
     urls = {url for url in urls if url.startswith("http")}  # the browser has pages of its own
     assert urls == {f"{server}/", f"{server}/health", f"{server}/predict"}
     log = [line["message"] for line in page.driver.get_log("browser")]
@@ -187,8 +205,9 @@ def test_examples_links_and_the_curl_line_hold_a_text(server, page):
     page.one("#copy").click()
     page.says("#copy", "Copied")
     command = page.one("code").text
-    done = subprocess.run(["bash", "-c", f"{command} -sS --noproxy '*'"], capture_output=True,
-                          text=True, timeout=20)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"{command} -sS --noproxy '*'"], capture_output=True, text=True, timeout=20
+    )
     assert json.loads(done.stdout)["label"] == page.one("#answer .label").text
     for path in page.all("footer a"):
         assert httpx.get(path.get_property("href")).status_code == 200
@@ -270,8 +289,9 @@ def test_without_a_network_the_page_says_so_and_recovers(fake_api, page):
 
 def test_the_policy_lets_the_space_frame_the_page_and_nobody_else(server, fake_api, page):
     headers = httpx.get(f"{server}/").headers
-    policy = dict(part.strip().split(" ", 1)
-                  for part in headers["content-security-policy"].split(";"))  # fmt: skip
+    policy = dict(
+        part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";")
+    )
     assert policy["frame-ancestors"] == "'self' https://huggingface.co https://*.hf.space"
     assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
     # it cannot name two sites: where it is obeyed, any value would forbid the Space's frame

@@ -113,10 +113,15 @@ async def load(port, pid, texts, expected, count, tolerance) -> dict:
     t0 = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(CLIENTS)))
     return {
-        "requests": count, "seconds": time.perf_counter() - t0, "statuses": dict(statuses),
-        "answered_once": sum(times == 1 for times in answered.values()), "wrong": wrong[:20],
-        "wrong_count": len(wrong), **memory, "at_the_end_mb": resident_mb(pid),
-    }  # fmt: skip
+        "requests": count,
+        "seconds": time.perf_counter() - t0,
+        "statuses": dict(statuses),
+        "answered_once": sum(times == 1 for times in answered.values()),
+        "wrong": wrong[:20],
+        "wrong_count": len(wrong),
+        **memory,
+        "at_the_end_mb": resident_mb(pid),
+    }
 
 
 async def ask_for(port, requests, clients, seconds, rate=None) -> tuple[Counter, float]:
@@ -153,11 +158,15 @@ async def too_many(port, requests, seconds) -> dict:
             )
     after, spent_after = await ask_for(port, requests, CLIENTS, 1)
     return {
-        "offered_per_second": 10 * best, "answered_per_second": statuses.total() / spent,
-        "ok_per_second": statuses[200] / spent, "health_p99_ms": p99_ms(health),
+        "offered_per_second": 10 * best,
+        "answered_per_second": statuses.total() / spent,
+        "ok_per_second": statuses[200] / spent,
+        "health_p99_ms": p99_ms(health),
         "statuses": {str(status): n for status, n in sorted(statuses.items())},
-        "best_per_second": best, "seconds": seconds, "first_second_after": after[200] / spent_after,
-    }  # fmt: skip
+        "best_per_second": best,
+        "seconds": seconds,
+        "first_second_after": after[200] / spent_after,
+    }
 
 
 async def hostile(port, requests, bodies) -> dict:
@@ -192,15 +201,19 @@ async def hostile(port, requests, bodies) -> dict:
     fuzzed = []
 
     @seed(0)
-    @settings(max_examples=bodies, deadline=None, database=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(st.one_of(
-        st.binary(max_size=300),
-        st.recursive(st.none() | st.booleans() | st.floats() | st.text(),
-                     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
-        .map(lambda value: json.dumps(value).encode()),
-        st.text().map(lambda text: json.dumps({"text": text}).encode()),
-    ))  # fmt: skip
+    @settings(
+        max_examples=bodies, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(
+        st.one_of(
+            st.binary(max_size=300),
+            st.recursive(
+                st.none() | st.booleans() | st.floats() | st.text(),
+                lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+            ).map(lambda value: json.dumps(value).encode()),
+            st.text().map(lambda text: json.dumps({"text": text}).encode()),
+        )
+    )
     def fuzz(body):
         fuzzed.append(body)
 
@@ -220,12 +233,17 @@ async def hostile(port, requests, bodies) -> dict:
     for writer in [*slow, *(writer for _, writer in idle)]:
         writer.close()
     return {
-        "idle": len(idle), "slow": len(slow), "half_closed": 200, "garbage": 500,
-        "fuzzed": len(fuzzed), "statuses": dict(sorted(statuses.items())),
+        "idle": len(idle),
+        "slow": len(slow),
+        "half_closed": 200,
+        "garbage": 500,
+        "fuzzed": len(fuzzed),
+        "statuses": dict(sorted(statuses.items())),
         "server_errors": sum(n for status, n in statuses.items() if status.startswith("5")),
-        "health_p99_ms": p99_ms(health), "health_asked": len(health),
+        "health_p99_ms": p99_ms(health),
+        "health_asked": len(health),
         "honest_request_after": (await Client(port).ask(requests[0]))[0],
-    }  # fmt: skip
+    }
 
 
 async def going_down(master, port, requests) -> dict:
@@ -250,9 +268,14 @@ async def going_down(master, port, requests) -> dict:
     seconds = time.perf_counter() - t0
     await asyncio.gather(*tasks)
     before = [status for when, status in asked if when < t0]
-    return {"callers": len(tasks), "asked": len(before), "answered": before.count(200),
-            "health_while_draining": "refused", "exit_status": exit_status,
-            "seconds": seconds}  # fmt: skip
+    return {
+        "callers": len(tasks),
+        "asked": len(before),
+        "answered": before.count(200),
+        "health_while_draining": "refused",
+        "exit_status": exit_status,
+        "seconds": seconds,
+    }
 
 
 async def attack(port, master, texts, expected, args) -> dict:
@@ -291,13 +314,16 @@ def main() -> None:
     with process(checkpoints, "--no-access-log", ENGINE=args.engine) as (url, master):
         found = asyncio.run(attack(urlsplit(url).port, master, texts, expected, args))
     record = {
-        "script": "faults_serve", "host": machine.host(torch.device("cpu")),
-        "versions": machine.versions(), "git_commit": machine.git_commit(), "engine": args.engine,
+        "script": "faults_serve",
+        "host": machine.host(torch.device("cpu")),
+        "versions": machine.versions(),
+        "git_commit": machine.git_commit(),
+        "engine": args.engine,
         "texts": f"folder {Path(folder).name}" if folder else "sample",
         "model": classifier.info["backbone"],
         "command": f"python -m tests.faults.serve --engine {args.engine} --requests "
-                   f"{args.requests} --bodies {args.bodies}",
-    } | found  # fmt: skip
+        f"{args.requests} --bodies {args.bodies}",
+    } | found
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
