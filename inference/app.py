@@ -1,61 +1,107 @@
 """The API: rank 0's checkpoint behind POST /predict and GET /health.
 
-uvicorn inference.app:app --port 7860        settings: ENGINE=auto|torch|onnx, CHECKPOINT_DIR
+uvicorn inference.app:app --port 7860
 curl localhost:7860/predict -H 'Content-Type: application/json' -d '{"text": "Shares rose"}'
+
+Environment: CHECKPOINT_DIR, ENGINE=auto|torch|int8, ALLOW_ORIGINS (CORS; "*" or a comma-separated
+list), PROMETHEUS_MULTIPROC_DIR (an empty folder, in which several workers share their /metrics).
+uvicorn reads its own flags from there too: UVICORN_TIMEOUT_KEEP_ALIVE=30.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
+import multiprocessing
 import os
+import re
+import resource
 import signal
 import sys
-import threading
 import time
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, Field, StringConstraints
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+)
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from inference.batcher import Batcher, QueueFull
 from inference.model_loader import CHECKPOINTS, Classifier, LoadError
 
-PAGE = (Path(__file__).parent / "index.html").read_text()
+PAGE = (Path(__file__).parent / "index.html").read_text(encoding="utf-8")
 # the Space's page shows the app in a frame, from another site: so no X-Frame-Options either
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; "
     "frame-ancestors 'self' https://huggingface.co https://*.hf.space"
 )
-LIMITS = {"/predict": 64 * 1024, "/predict/batch": 1024 * 1024}  # bytes of a body
-DRAIN_SECONDS = float(os.environ.get("DRAIN_SECONDS", 1))  # for a balancer to see /health say so
+METRICS_FOLDER = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+MAX_BODY_BYTES = {"/predict": 64 * 1024, "/predict/batch": 1024 * 1024}
+MAX_BODY_SECONDS = 20  # from the end of the headers; uvicorn itself waits for ever
+MAX_UNREAD_BYTES = 64 * 1024 * 1024  # of all bodies that have arrived in part
 
 logger = logging.getLogger("uvicorn.error")
+
+
+def fail(error) -> NoReturn:
+    """Ends the server with one line; an exception would get uvicorn's traceback around it.
+
+    Exit status 3 means "cannot start" to the masters of uvicorn and gunicorn, which then start no
+    further worker. uvicorn's would itself end with status 0, as if all were well, so the first of
+    its workers ends it by a signal, and speaks for the others, who fail for the same reason.
+    """
+    master = multiprocessing.parent_process()  # uvicorn's, with --workers
+    first = multiprocessing.current_process().name.endswith("-1")
+    if master and not first:
+        master.join(2)
+    if not master or master.is_alive():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if master and first:
+        os.kill(master.pid, signal.SIGALRM)
+    os._exit(3)
+
+
+if METRICS_FOLDER:
+    try:
+        Path(METRICS_FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"PROMETHEUS_MULTIPROC_DIR={METRICS_FOLDER} is no folder: {error.strerror}")
+    if not os.access(METRICS_FOLDER, os.W_OK):
+        fail(f"PROMETHEUS_MULTIPROC_DIR={METRICS_FOLDER} cannot be written")
+
+BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5]
 requests = Counter("requests", "Requests by route and status", ["route", "status"])
-seconds = Histogram(
-    "request_seconds", "Time to answer what was let in, by route", ["route"],
-    buckets=[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5],
-)  # fmt: skip
-batch_rows = Histogram("batch_rows", "Texts that shared a forward pass", buckets=[1, 2, 4, 8, 16])
-waiting_rows = Gauge("waiting_rows", "Texts in the queue")
-cut_texts = Counter("truncated_texts", "Texts longer than the model reads")
+seconds = Histogram("request_seconds", "Time to answer 200", ["route"], buckets=BUCKETS)
+batch_rows = Histogram("batch_rows", "Texts in a forward pass", buckets=[1, 2, 4, 8, 16])
+admitted_rows = Gauge("admitted_rows", "Texts being answered", multiprocess_mode="livesum")
+truncated_texts = Counter("truncated_texts", "Texts longer than the model reads")
+
+# a letter or digit: white space, punctuation, control, format and zero-width characters alone are
+# nothing to the model. Python's engine, because in pydantic's own \w includes zero-width joiners
+NewsText = Annotated[str, StringConstraints(max_length=20_000, pattern=r"[^\W_]")]
 
 
-# \S: something other than white space
-News = Annotated[str, StringConstraints(max_length=20_000, pattern=r"\S")]
+class PredictRequest(BaseModel):
+    model_config = ConfigDict(regex_engine="python-re")
+    text: NewsText
 
 
-class Text(BaseModel):
-    text: News
-
-
-class Texts(BaseModel):
-    texts: Annotated[list[News], Field(min_length=1, max_length=64)]
+class BatchRequest(BaseModel):
+    model_config = ConfigDict(regex_engine="python-re")
+    texts: Annotated[list[NewsText], Field(min_length=1, max_length=64)]
 
 
 class Prediction(BaseModel):
@@ -63,6 +109,7 @@ class Prediction(BaseModel):
     confidence: float = Field(ge=0, le=1)
     scores: dict[str, float]
     truncated: bool = Field(description="whether the text was longer than what the model reads")
+    out_of_vocabulary: bool = Field(description="whether the model knows no word of the text")
 
 
 class Predictions(BaseModel):
@@ -83,188 +130,293 @@ class Health(BaseModel):
     model: ModelInfo
 
 
-class Problem(BaseModel):
+class ErrorResponse(BaseModel):
     detail: str
 
 
 class Service:
-    """What one server process holds; `not_ready` says why it does not serve, or is empty."""
+    """The model behind its queue, one for the process."""
 
     def __init__(self):
-        self.classifier, self.batcher, self.not_ready = None, None, "starting: loading the model"
+        self.classifier, self.batcher, self.draining = None, None, False
+        self.lock = asyncio.Lock()
 
-    async def load(self) -> None:
-        folder = Path(os.environ.get("CHECKPOINT_DIR", CHECKPOINTS))
-        try:
+    async def start(self) -> None:
+        """Loads the model, once. Raises LoadError."""
+        async with self.lock:
+            if self.batcher or self.draining:
+                return
+            folder = Path(os.environ.get("CHECKPOINT_DIR", CHECKPOINTS))
             engine = os.environ.get("ENGINE", "auto")
             self.classifier = await asyncio.to_thread(Classifier, folder, engine)
-        except Exception as error:
-            if not isinstance(error, LoadError):
-                logger.exception("the model cannot be loaded")
-            # not raised: uvicorn would wrap a traceback around the one line that helps
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-        self.batcher = Batcher(self.classifier.scores, on_batch=batch_rows.observe)
-        waiting_rows.set_function(lambda: len(self.batcher.waiting))
-        self.not_ready = ""
+            self.batcher = Batcher(
+                self.classifier.scores, on_batch=batch_rows.observe, on_admitted=admitted_rows.set
+            )
         info = self.classifier.info
-        logger.info("serving %s, trained on %s, with %s on %s",
-                    info["backbone"], info["data"], info["engine"], info["device"])  # fmt: skip
+        logger.info(
+            "serving %s, trained on %s, with %s on %s",
+            info["backbone"],
+            info["data"],
+            info["engine"],
+            info["device"],
+        )
 
-    def drain_on_sigterm(self) -> None:
-        """SIGTERM: /health says 503 for a moment, then uvicorn finishes what it has and stops."""
-        if threading.current_thread() is not threading.main_thread():
-            return  # a test's server; only the main thread may set handlers
-        uvicorns, loop = signal.getsignal(signal.SIGTERM), asyncio.get_running_loop()
-        server = getattr(uvicorns, "__self__", None)  # uvicorn's handler is a method of its server
+    def stop(self) -> None:
+        self.draining = True
+        self.batcher.close()
+        self.batcher = None
 
-        def stop():
-            if server is None:
-                return uvicorns(signal.SIGTERM, None)
-            server.should_exit = True  # its handler would raise the signal again, and exit by it
-
-        def drain(number, frame):
-            if self.not_ready.startswith("draining"):
-                os._exit(128 + number)  # the second one means now
-            self.not_ready = "draining: shutting down"
-            loop.call_soon_threadsafe(loop.call_later, DRAIN_SECONDS, stop)
-
-        signal.signal(signal.SIGTERM, drain)
-
-
-@asynccontextmanager
-async def lifespan(app: FastAPI):
-    # loaded once, in the background: /health can say "starting" while it takes its seconds
-    service = Service()
-    service.drain_on_sigterm()
-    loading = asyncio.create_task(service.load())
-    yield {"service": service}
-    loading.cancel()
-    if service.batcher:
-        service.batcher.close()
+    async def predict(self, texts: list[str]) -> list[dict]:
+        classifier, unk = self.classifier, self.classifier.tokenizer.token_to_id("[UNK]")
+        with self.batcher.admit(len(texts)):
+            encoded = []
+            if sum(map(len, texts)) < 2000:  # a fraction of a millisecond; a thread would cost more
+                encoded = list(map(classifier.encode, texts))
+            while len(encoded) < len(texts):  # in pieces: a client that hangs up stops the rest
+                piece = texts[len(encoded) :][:8]
+                encoded += await asyncio.to_thread(list, map(classifier.encode, piece))
+            truncated_texts.inc(sum(row.truncated for row in encoded))
+            scores = await self.batcher.submit([row.ids for row in encoded])
+        return [  # between [CLS] and [SEP]
+            classifier.answer(row, row_scores) | {"out_of_vocabulary": set(row.ids[1:-1]) <= {unk}}
+            for row, row_scores in zip(encoded, scores, strict=True)
+        ]
 
 
-app = FastAPI(
+service = Service()
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: FastAPIOffline):
+    """The server listens once the model is loaded, and closes it when all is answered."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than the limit it states
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each connection
+    if "DRAIN_SECONDS" in os.environ:
+        logger.warning(
+            "DRAIN_SECONDS has no effect: SIGTERM closes the port and lets requests end;"
+            " uvicorn's --timeout-graceful-shutdown says how long they may take"
+        )
+    service.draining = False
+    try:
+        await service.start()
+    except Exception as error:
+        if not isinstance(error, LoadError):
+            logger.exception("the model cannot be loaded")
+        fail(error)
+    yield
+    service.stop()
+    if METRICS_FOLDER:
+        multiprocess.mark_process_dead(os.getpid())
+
+
+app = FastAPIOffline(
     title="DistriNews",
     description="Labels news as World, Sports, Business or Sci/Tech.",
     lifespan=lifespan,
-    responses={status: {"model": Problem} for status in (413, 422, 429, 503)},
+    docs_url=None,  # below: with paths that are right behind any prefix
+    redoc_url=None,
+    redirect_slashes=False,  # behind a proxy it would redirect to http
+    responses={s: {"model": ErrorResponse} for s in (408, 413, 415, 422, 429, 503)},
 )
 
 
 @functools.lru_cache  # under overload most answers are this one
-def full(retry_after: int) -> JSONResponse:
+def queue_full_response(retry_after: int) -> JSONResponse:
     return JSONResponse({"detail": "the queue is full"}, 429, {"Retry-After": str(retry_after)})
 
 
-class Door:
-    """Turns away what cannot be served before anything is spent on it, and counts all requests."""
+class LoadSheddingMiddleware:
+    """Refuses what cannot be served before anything is spent on it, drops the work of clients that
+    have hung up, and counts all requests."""
 
     def __init__(self, app):
-        self.app = app
+        self.app, self.unread_bytes = app, 0
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if refusal := self.refusal(scope):
-            requests.labels(scope["path"], refusal.status_code).inc()
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        max_bytes = MAX_BODY_BYTES.get(path) if scope["method"] == "POST" else None
+        if max_bytes and (refusal := self.refusal(scope, max_bytes)):
+            requests.labels(path, refusal.status_code).inc()  # most of an overload ends here
             return await refusal(scope, receive, send)
-        status, began = 500, time.perf_counter()
+        t0, status = time.perf_counter(), 499  # nginx's "client closed request"
 
-        async def watched(message):
+        async def send_and_note(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
+            if max_bytes:
+                await self.predict(scope, receive, send_and_note, max_bytes)
+            else:
+                await self.app(scope, receive, send_and_note)
+        except Exception:
+            status = 500
+            raise
         finally:
             # the route's own path: what a client can invent would grow without bound
-            path = scope["path"] if scope["path"] in LIMITS else "other"
-            route = getattr(scope.get("route"), "path", path)
+            other = path if path in MAX_BODY_BYTES else "other"
+            route = getattr(scope.get("route"), "path", other)
             requests.labels(route, status).inc()
-            seconds.labels(route).observe(time.perf_counter() - began)
+            if status == 200:
+                seconds.labels(route).observe(time.perf_counter() - t0)
 
-    def refusal(self, scope) -> Response | None:
-        limit = LIMITS.get(scope["path"])
-        if limit is None or scope["method"] != "POST":
-            return None
-        batcher = scope["state"]["service"].batcher
-        if batcher and not batcher.room():
-            return full(batcher.retry_after())
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > limit:
-            return JSONResponse({"detail": f"body: over {limit // 1024} KiB"}, 413)
+    async def predict(self, scope, receive, send, max_bytes: int) -> None:
+        body, more, refusal = bytearray(), True, None
+        try:
+            async with asyncio.timeout(MAX_BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    self.unread_bytes += len(message.get("body", b""))
+                    refusal = self.refusal(scope, max_bytes, len(body))
+                    more = message.get("more_body", False) and not refusal
+        except TimeoutError:
+            detail = f"body: not complete after {MAX_BODY_SECONDS} s"
+            refusal = JSONResponse({"detail": detail}, 408, {"Connection": "close"})
+        finally:
+            self.unread_bytes -= len(body)
+        if refusal:
+            return await refusal(scope, receive, send)
+        messages = [{"type": "http.request", "body": bytes(body)}]
+        hangup = asyncio.create_task(receive())  # after the body nothing else can come
+
+        async def replay():
+            return messages.pop() if messages else await hangup
+
+        handler = asyncio.create_task(self.app(scope, replay, send))
+        try:
+            await asyncio.wait({handler, hangup}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hangup.cancel()
+            handler.cancel()  # without effect on one that is done
+            await asyncio.wait({handler})
+        if not handler.cancelled():
+            handler.result()  # raises what it raised
+
+    def refusal(self, scope, max_bytes: int, read: int = 0) -> Response | None:
+        if service.batcher and not service.batcher.has_capacity():
+            return queue_full_response(service.batcher.retry_after())
+        if self.unread_bytes > MAX_UNREAD_BYTES:
+            return queue_full_response(1)
+        headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            return JSONResponse({"detail": "body: expected without Content-Encoding"}, 415)
+        declared = headers.get(b"content-length", b"0")
+        if read > max_bytes or (declared.isdigit() and int(declared) > max_bytes):
+            return JSONResponse({"detail": f"body: over {max_bytes // 1024} KiB"}, 413)
         return None
 
 
-app.add_middleware(Door)
+app.add_middleware(LoadSheddingMiddleware)
+# added last, so it sees the answers of the other one
+if origins := os.environ.get("ALLOW_ORIGINS", "").replace(",", " ").split():
+    if wrong := [one for one in origins if not re.fullmatch(r"\*|https?://[^/*]+", one)]:
+        fail(f"ALLOW_ORIGINS: expected * or origins such as https://example.org, not {wrong[0]}")
+    cors = {"allow_methods": ["GET", "POST"], "allow_headers": ["Content-Type"]}
+    app.add_middleware(
+        CORSMiddleware, allow_origins=origins, expose_headers=["Retry-After"], **cors
+    )
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+async def invalid_request_handler(request: Request, error: RequestValidationError) -> JSONResponse:
     """What is wrong and where, without the input: FastAPI's own answer echoes it, and becomes a
     500 when it cannot be written as UTF-8."""
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"][1:])) if first["type"] != "json_invalid" else ""
-    what = "is blank" if first["type"] == "string_pattern_mismatch" else first["msg"]
+    what = "has no letter or digit" if first["type"] == "string_pattern_mismatch" else first["msg"]
+    if isinstance(error.body, bytes):  # FastAPI parses what says that it is JSON
+        what = "expected JSON, and the header Content-Type: application/json"
     return JSONResponse({"detail": f"{place or 'body'}: {what}"}, 422)
 
 
 @app.exception_handler(400)
-async def unreadable(request: Request, error: HTTPException) -> JSONResponse:
+async def unreadable_json_handler(request: Request, error: HTTPException) -> JSONResponse:
     """JSON that the parser gives up on, such as a thousand nested lists."""
     return JSONResponse({"detail": "body: cannot be read as JSON"}, 422)
 
 
 @app.exception_handler(QueueFull)
-async def busy(request: Request, error: QueueFull) -> JSONResponse:
-    return full(error.retry_after)
+async def queue_full_handler(request: Request, error: QueueFull) -> JSONResponse:
+    return queue_full_response(error.retry_after)
 
 
-def ready(request: Request) -> Service:
-    service = request.state.service
-    if not service.batcher:
-        raise HTTPException(503, service.not_ready, {"Retry-After": "1"})
+async def get_service() -> Service:
+    """The running service. In an app that another one has mounted no lifespan runs, so the first
+    request starts it there."""
+    try:
+        await service.start()
+    except LoadError as error:
+        logger.error("%s", error)
+        raise HTTPException(503, "the model cannot be loaded; the log says why") from None
+    if service.draining:
+        raise HTTPException(503, "draining: shutting down", {"Retry-After": "1"})
     return service
 
 
-async def predict_all(service: Service, texts: list[str]) -> list[dict]:
-    # tokenising is fast, but a long text takes milliseconds, and the loop has others to serve
-    encoded = await asyncio.to_thread(lambda: [service.classifier.encode(text) for text in texts])
-    cut_texts.inc(sum(one.truncated for one in encoded))
-    scores = await service.batcher.submit([one.ids for one in encoded])
-    return [service.classifier.answer(*pair) for pair in zip(encoded, scores, strict=True)]
+RunningService = Annotated[Service, Depends(get_service)]
 
 
-@app.post("/predict", response_model=Prediction, max_body_size=LIMITS["/predict"])
-async def predict(body: Text, request: Request):
+@app.post("/predict", response_model=Prediction)
+async def predict(body: PredictRequest, service: RunningService):
     """The label of one text, with the probability of each."""
-    return (await predict_all(ready(request), [body.text]))[0]
+    return (await service.predict([body.text]))[0]
 
 
-@app.post("/predict/batch", response_model=Predictions, max_body_size=LIMITS["/predict/batch"])
-async def predict_batch(body: Texts, request: Request):
+@app.post("/predict/batch", response_model=Predictions)
+async def predict_batch(body: BatchRequest, service: RunningService):
     """The same for 1 to 64 texts, in their order."""
-    return {"predictions": await predict_all(ready(request), body.texts)}
+    return {"predictions": await service.predict(body.texts)}
 
 
+@app.head("/health", include_in_schema=False)
 @app.get("/health", response_model=Health)
-async def health(request: Request):
+async def health(service: RunningService):
     """200 when requests are served, and which model serves them; else 503 and why not."""
-    service = request.state.service
-    if service.not_ready:
-        raise HTTPException(503, service.not_ready, {"Retry-After": "1"})
     return {"status": "healthy", "model": service.classifier.info}
 
 
+@app.head("/metrics", include_in_schema=False)
 @app.get("/metrics", response_class=Response)
 async def metrics():
     """Prometheus text."""
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    if not METRICS_FOLDER:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    registry = CollectorRegistry()  # of all workers
+    multiprocess.MultiProcessCollector(registry)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
+@app.head("/", include_in_schema=False)
 @app.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def page():
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+@app.get("/source", include_in_schema=False)
+async def source():
+    """This file; or the repository, where SOURCE_URL or a Space's own variable says which."""
+    url = os.environ.get("SOURCE_URL")
+    if space := os.environ.get("SPACE_ID"):
+        url = url or f"https://huggingface.co/spaces/{space}/tree/main"
+    return RedirectResponse(url) if url else FileResponse(__file__, media_type="text/plain")
+
+
+@app.get("/docs", include_in_schema=False)
+async def docs():
+    """Swagger UI without its usual CDN; fastapi-offline serves the files."""
+    assets = "static-offline-docs"
+    return get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="DistriNews",
+        swagger_favicon_url="data:,",
+        swagger_js_url=f"{assets}/swagger-ui-bundle.js",
+        swagger_css_url=f"{assets}/swagger-ui.css",
+    )

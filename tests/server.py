@@ -1,5 +1,7 @@
-"""A real uvicorn with the real app on loopback: `with server(checkpoints) as url:`."""
+"""A real server with the real app on loopback: `with server(checkpoints) as url:`."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,31 +12,61 @@ from pathlib import Path
 
 from tests.ranks import ROOT, environment
 
+UVICORN = [sys.executable, "-m", "uvicorn", "--port", "0", "--http", "h11"]
+GUNICORN = [
+    sys.executable,
+    "-m",
+    "gunicorn",
+    "-k",
+    "uvicorn_worker.UvicornWorker",
+    "--bind",
+    "127.0.0.1:0",
+    "--no-control-socket",
+]
+
 
 @contextmanager
-def server(checkpoints: Path, **extra: str):
-    """Its address, once /health says that it serves. The port is chosen by the kernel."""
-    command = [sys.executable, "-m", "uvicorn", "inference.app:app", "--port", "0"]
-    env = environment(CHECKPOINT_DIR=str(checkpoints), DRAIN_SECONDS="0", **extra)
+def server(checkpoints: Path, *flags: str, command=UVICORN, app="inference.app:app", **extra: str):
+    """Its address, once /health says that it serves. The kernel chooses the port."""
+    with process(checkpoints, *flags, command=command, app=app, **extra) as (url, _):
+        yield url
+
+
+@contextmanager
+def process(checkpoints: Path, *flags: str, command=UVICORN, app="inference.app:app", **extra: str):
+    """(its address, the process, which leads a process group of its own)"""
+    env = environment(CHECKPOINT_DIR=str(checkpoints)) | extra
     log = checkpoints / "server.log"
     with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
+        master = subprocess.Popen(
+            [*command, *flags, app],
+            cwd=ROOT,
+            env=env,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
     try:
-        yield wait_until_healthy(process, log)
+        yield wait_until_healthy(master, log), master
     finally:
-        process.terminate()
-        process.wait(20)
+        master.terminate()
+        try:
+            master.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(master.pid, signal.SIGKILL)
+            raise
 
 
 def wait_until_healthy(process: subprocess.Popen, log: Path, seconds=60) -> str:
-    until, mark = time.monotonic() + seconds, "running on "
-    while time.monotonic() < until and process.poll() is None:
-        if mark in (said := log.read_text()):
-            url = said.split(mark)[1].split()[0]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5)
-                return url
-            except urllib.error.HTTPError:  # 503: it loads the model
-                pass
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        for mark in ("running on ", "Listening at: "):
+            if mark in (text := log.read_text()):
+                url = text.split(mark)[1].split()[0]
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=60)
+                    return url
+                except urllib.error.URLError:  # the port is bound, and nobody listens yet
+                    pass
         time.sleep(0.05)
     raise AssertionError(f"no server:\n{log.read_text()}")

@@ -129,9 +129,13 @@ def test_run_ddp_sh_passes_on_one_line_and_the_status(tiny_backbone, news_folder
     command = ["bash", ROOT / "training" / "run_ddp.sh", "--model", tiny_backbone, "--data"]
     command += [news_folder, "--global-batch-size", 7, "--checkpoint-dir", tmp_path / "c"]
     done = subprocess.run(
-        [*map(str, command)], cwd=tmp_path, env=environment(NPROC_PER_NODE="2", MAX_RESTARTS="3"),
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [*map(str, command)],
+        cwd=tmp_path,
+        env=environment(NPROC_PER_NODE="2", MAX_RESTARTS="3"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1
     assert done.stderr == (  # once: not once a rank, and not once a restart
         "error: --global-batch-size 7 is not divisible by 2 (2 processes); the nearest that is: 6\n"
@@ -197,10 +201,22 @@ def corrupt(folder, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["missing", "truncated", "empty", "runs code", "runs code, with a hash", "one bit", "a list",
-     "another project's", "three classes", "another shape", "NaN", "no tokenizer",
-     "another tokenizer"],
-)  # fmt: skip
+    [
+        "missing",
+        "truncated",
+        "empty",
+        "runs code",
+        "runs code, with a hash",
+        "one bit",
+        "a list",
+        "another project's",
+        "three classes",
+        "another shape",
+        "NaN",
+        "no tokenizer",
+        "another tokenizer",
+    ],
+)
 def test_a_checkpoint_that_cannot_be_served_is_refused(trained, tmp_path, monkeypatch, how):
     subprocess.run(["cp", "-r", trained, tmp_path / "c"], check=True)
     monkeypatch.chdir(tmp_path)
@@ -273,9 +289,13 @@ def test_train_single_ignores_what_a_shell_holds_of_ranks(tiny_backbone, news_fo
     command += ["--data", news_folder, "--max-steps", 1, "--global-batch-size", 8]
     command += ["--checkpoint-dir", tmp_path / "c"]
     done = subprocess.run(
-        [*map(str, command)], cwd=tmp_path, env=environment(RANK="1", WORLD_SIZE="2"),
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [*map(str, command)],
+        cwd=tmp_path,
+        env=environment(RANK="1", WORLD_SIZE="2"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "saved " in done.stdout, done.stderr
 
 

@@ -15,28 +15,30 @@ def echo(rows):
     return np.array([[len(row), row[0], row[-1]] for row in rows], float)
 
 
-class Held:
-    """`echo` that waits until it is let go, and notes the rows of every batch."""
+class HeldModel:
+    """`echo` that waits until it is released, and notes the rows of every batch."""
 
     def __init__(self):
-        self.go, self.batches = threading.Event(), []
+        self.release, self.batches = threading.Event(), []
 
     def __call__(self, rows):
         self.batches.append([len(row) for row in rows])
-        assert self.go.wait(10)
+        assert self.release.wait(10)
         return echo(rows)
 
 
-async def settle():
+async def let_it_work():
     for _ in range(20):
         await asyncio.sleep(0.002)
 
 
-def test_every_caller_gets_its_own_answers_in_order():
+def test_every_client_gets_its_own_answers_in_order():
     async def go():
         batcher, rng = Batcher(echo, limit=10_000), np.random.default_rng(0)
-        calls = [[rng.integers(1, 999, rng.integers(1, 60)).tolist() for _ in range(n % 5 + 1)]
-                 for n in range(200)]  # fmt: skip
+        calls = [
+            [rng.integers(1, 999, rng.integers(1, 60)).tolist() for _ in range(n % 5 + 1)]
+            for n in range(200)
+        ]
         answers = await asyncio.gather(*map(batcher.submit, calls))
         batcher.close()
         return calls, answers
@@ -48,14 +50,14 @@ def test_every_caller_gets_its_own_answers_in_order():
 
 def test_what_waits_together_is_batched_by_length_oldest_first():
     async def go():
-        held = Held()
+        held = HeldModel()
         batcher = Batcher(held, max_rows=4, max_spread=1.25)
         first = asyncio.create_task(batcher.submit([[1]]))
-        await settle()  # the model is busy with it while these gather
+        await let_it_work()  # the model is busy with it while these gather
         lengths = [10, 50, 11, 12, 10, 52, 11, 13, 100]
         rest = [asyncio.create_task(batcher.submit([[1] * n])) for n in lengths]
-        await settle()
-        held.go.set()
+        await let_it_work()
+        held.release.set()
         await asyncio.gather(first, *rest)
         batcher.close()
         return held.batches
@@ -65,7 +67,7 @@ def test_what_waits_together_is_batched_by_length_oldest_first():
     assert asyncio.run(go()) == [[1], [10, 10, 11, 11], [50, 52], [12, 13], [100]]
 
 
-def test_a_lone_caller_does_not_wait_for_company():
+def test_a_lone_client_does_not_wait_for_company():
     async def go():
         batcher = Batcher(echo)
         await batcher.submit([[1]])  # the thread has started
@@ -78,30 +80,37 @@ def test_a_lone_caller_does_not_wait_for_company():
     assert asyncio.run(go()) < 0.005
 
 
-def test_a_full_queue_refuses_at_once_and_serves_what_it_has():
+def test_what_is_inside_counts_until_it_is_answered():
     async def go():
-        held = Held()
-        batcher = Batcher(held, limit=8)
-        running = asyncio.create_task(batcher.submit([[1]]))
-        await settle()
-        waiting = asyncio.create_task(batcher.submit([[1]] * 6))
-        await settle()
-        assert batcher.room()
+        held, inside = HeldModel(), []
+        batcher = Batcher(held, limit=8, on_admitted=inside.append)
+
+        async def ask(rows, tokenizing=0.0):
+            with batcher.admit(rows):
+                await asyncio.sleep(tokenizing)
+                return await batcher.submit([[1]] * rows)
+
+        running, tokenized = asyncio.create_task(ask(1)), asyncio.create_task(ask(5, 3600))
+        await let_it_work()
+        assert batcher.has_capacity(2) and not batcher.has_capacity(3)
         with pytest.raises(QueueFull) as caught:
-            await batcher.submit([[1]] * 3)  # 6 + 3 > 8
+            await ask(3)
         assert caught.value.retry_after >= 1
-        last = asyncio.create_task(batcher.submit([[1]] * 2))
-        await settle()
-        assert not batcher.room()
-        held.go.set()
-        answers = await asyncio.gather(running, waiting, last)
+        last = asyncio.create_task(ask(2))
+        await let_it_work()
+        assert not batcher.has_capacity()
+        tokenized.cancel()  # its client has hung up
+        await let_it_work()
+        assert batcher.has_capacity(5)
+        held.release.set()
+        answers = await asyncio.gather(running, last)
         batcher.close()
-        return list(map(len, answers))
+        return list(map(len, answers)), inside
 
-    assert asyncio.run(go()) == [1, 6, 2]
+    assert asyncio.run(go()) == ([1, 2], [1, 6, 8, 3, 2, 0])
 
 
-def test_an_error_fails_the_callers_of_its_batch_alone():
+def test_an_error_fails_the_clients_of_its_batch_alone():
     def fragile(rows):
         if any(len(row) == 7 for row in rows):
             raise ValueError("this batch")
@@ -122,17 +131,17 @@ def test_an_error_fails_the_callers_of_its_batch_alone():
     assert again[0][0] == 4
 
 
-def test_a_caller_that_left_costs_no_forward_pass():
+def test_a_client_that_left_costs_no_forward_pass():
     async def go():
-        held = Held()
+        held = HeldModel()
         batcher = Batcher(held)
         running = asyncio.create_task(batcher.submit([[1]]))
-        await settle()
+        await let_it_work()
         left = asyncio.create_task(batcher.submit([[1] * 5]))
-        await settle()
+        await let_it_work()
         left.cancel()
-        await settle()
-        held.go.set()
+        await let_it_work()
+        held.release.set()
         await running
         await batcher.submit([[1] * 3])
         batcher.close()
