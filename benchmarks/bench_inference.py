@@ -118,7 +118,7 @@ class Server:
             port = chosen.getsockname()[1]
         hf, workers = folder / "hf", 2 if name == "litserve_2" else 1
         settings = {"CHECKPOINT_DIR": folder, "ENGINE": name, "MODEL": hf, "HF_HUB_OFFLINE": 1}
-        settings |= {"DRAIN_SECONDS": 0, "WORKERS": workers, "PORT": port, "DO_NOT_TRACK": 1}
+        settings |= {"WORKERS": workers, "PORT": port, "DO_NOT_TRACK": 1}
         settings["OMP_NUM_THREADS"] = max(1, threads() // workers)
         uvicorn = [sys.executable, "-m", "uvicorn", "--no-access-log", "--port", port]
         command, path = [*uvicorn, "--http", "h11", "inference.app:app"], "predict"

@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from fakes import make_backbone, make_news
 from ranks import ROOT, environment
-from stand_ins import make_backbone, make_news
 
 
 @pytest.fixture(scope="session")

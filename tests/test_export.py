@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fakes import COMMON, WORDS
 from ranks import ROOT, environment
 from server import server
-from stand_ins import COMMON, WORDS
 
 import checkpoint
 from dataset import read_folder

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hub_stand_in import COMMIT, HubStandIn
+from fake_hub import COMMIT, HubStandIn
 from huggingface_hub import constants
 from ranks import ROOT, environment
 from safetensors.torch import load_file

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from fakes import make_backbone
 from ranks import ROOT, environment
-from stand_ins import make_backbone
 
 from benchmarks.kaggle import bundle, run
 from training.model import packaged_backbone

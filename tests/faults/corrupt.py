@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from inference.model_loader import LoadError, torch_engine
-from tests import stand_ins
+from tests import fakes
 from tests.ranks import ROOT, environment
 from training import checkpoint, machine
 
@@ -120,8 +120,8 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        backbone = stand_ins.make_backbone(place / "tiny", 0.1)
-        news = stand_ins.make_news(place / "news")
+        backbone = fakes.make_backbone(place / "tiny", 0.1)
+        news = fakes.make_news(place / "news")
         whole = place / "whole"
         train(whole, backbone, news, "--max-steps", 8)
         unfinished(whole, backbone, news)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from tests import stand_ins
+from tests import fakes
 from tests.ranks import ROOT, environment
 from training import checkpoint, machine
 
@@ -167,8 +167,8 @@ def main() -> None:
     kills = []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        backbone = stand_ins.make_backbone(place / "tiny", 0.1)
-        news = stand_ins.make_news(place / "news")
+        backbone = fakes.make_backbone(place / "tiny", 0.1)
+        news = fakes.make_news(place / "news")
         straight = Run(place / "straight", backbone, news)
         straight.start()
         assert straight.process.wait(200) == 0, (straight.folder / "log").read_text()
