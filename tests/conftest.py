@@ -1,4 +1,4 @@
-"""Small stand-ins that every test shares: a backbone, news rows, a way to run the scripts."""
+"""What every test shares: a backbone, news rows, a way to run the scripts."""
 
 import subprocess
 import sys

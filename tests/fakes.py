@@ -1,4 +1,4 @@
-"""Small stand-ins for a backbone and for AG News, made in a moment."""
+"""Small fakes of a backbone and for AG News, made in a moment."""
 
 import csv
 import random
