@@ -138,7 +138,7 @@ class Server:
         ]
         self.bodies.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.log = folder / f"{name}.log"
-        t0 = time.perf_counter()
+        self.t0 = time.perf_counter()
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [*map(str, command)],
@@ -148,14 +148,17 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
+
+    def wait_until_it_answers(self) -> None:
+        body = self.bodies.read_text(encoding="utf-8").splitlines()[0]
         headers = {"Content-Type": "application/json"}
-        while not self.answers(lines[0], headers):
-            if self.process.poll() is not None or time.perf_counter() - t0 > 180:
-                self.stop()
+        while not self.answers(body, headers):
+            self.start_seconds = time.perf_counter() - self.t0
+            if self.process.poll() is not None or self.start_seconds > 180:
                 tail = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise BenchError(f"the {name} server did not start: {' '.join(tail)}")
+                raise BenchError(f"the {self.name} server did not start: {' '.join(tail)}")
             time.sleep(0.02)
-        self.start_seconds = time.perf_counter() - t0
+        self.start_seconds = time.perf_counter() - self.t0
 
     def answers(self, body: str, headers: dict) -> bool:
         try:
@@ -239,6 +242,16 @@ class Server:
                 self.process.wait(15)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
+
+
+def instructions() -> str:
+    """The CPU's int8 instructions; without any torch._int_mm is no fast kernel, and its rate no
+    measure of the machine."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].split("\n")[0].split())
+    except OSError:
+        return ""
+    return " ".join(sorted(flags & {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}))
 
 
 def children_seconds() -> float:
@@ -343,16 +356,16 @@ def run(args, folder: Path, texts: list[str]) -> tuple[list[dict], dict]:
     rows = []
     for number in range(args.rounds):
         for name in names:
+            server = Server(name, folder, texts, infinity)
             try:
-                server = Server(name, folder, texts, infinity)
+                server.wait_until_it_answers()
+                found = measure(name, server, number, args, progress)
             except BenchError as error:
                 if name in OURS:
                     raise
                 skipped[name] = str(error)
                 print(error, flush=True)
                 continue
-            try:
-                found = measure(name, server, number, args, progress)
             finally:
                 server.stop()
             if name in OURS:
@@ -411,6 +424,7 @@ def main() -> None:
         "script": "bench_inference",
         "command": shlex.join(["python", "-m", "benchmarks.bench_inference", *sys.argv[1:]]),
         "host": machine.host(torch.device("cpu")),
+        "instructions": instructions(),
         "versions": machine.versions()
         | {name: version(name) for name in ("openvino", "litserve")}
         | {"infinity-emb": INFINITY},
