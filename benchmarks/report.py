@@ -104,6 +104,13 @@ def corrupt_share(record: dict, way: str, file: str) -> str:
     return f"{len(good)} of {len(files)}"
 
 
+def lab(*names: str) -> str:
+    """Experiments of training/lab.py, with the seconds that each takes where they are known."""
+    seconds = (figures.read("lab") or {"seconds": {}})["seconds"]
+    took = [f" ({seconds[name]:.0f} s)" if seconds.get(name, 0) >= 1 else "" for name in names]
+    return "`lab.py " + ", `".join(f"{n}`{t}" for n, t in zip(names, took, strict=True))
+
+
 def mark(number: int) -> str:
     """A link to the line of train_ddp.py where mark `number` first stands."""
     lines = (ROOT / "training" / "train_ddp.py").read_text().splitlines()

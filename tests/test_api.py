@@ -413,7 +413,7 @@ def test_workers_share_their_metrics(trained, tmp_path):
     [
         (1, "CHECKPOINT_DIR", "/nowhere", "make demo"),
         (2, "CHECKPOINT_DIR", "/nowhere", "make demo"),
-        (1, "ENGINE", "tpu", "expected auto, torch or"),
+        (1, "ENGINE", "tpu", "expected auto, torch, int8"),
         (2, "ALLOW_ORIGINS", "example.org", "such as https://example.org, not example.org"),
         (1, "PROMETHEUS_MULTIPROC_DIR", "/dev/null", "PROMETHEUS_MULTIPROC_DIR=/dev/null"),
     ],

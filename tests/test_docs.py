@@ -54,7 +54,9 @@ def test_files_that_are_named_exist(page):
 
 @each_page
 def test_flags_that_are_named_exist(page):
-    for piece in code(page.read_text()):
+    # but for the commands of records, which may be older than the scripts
+    text = re.sub(r"^Written by `make report`.*", "", page.read_text(), flags=re.MULTILINE)
+    for piece in code(text):
         for script, line in re.findall(r"(?:python|bash) ([\w/]+\.(?:py|sh))([^#\n&|]*)", piece):
             script = script.replace("run_ddp.sh", "train_ddp.py")
             known = (ROOT / script).read_text() + (ROOT / "training/train_ddp.py").read_text()
@@ -116,7 +118,7 @@ QUICK = {
     r"!?git clone .*": "AN ACCOUNT",
     r"kaggle kernels .*": "AN ACCOUNT",
     r"hf auth login": "AN ACCOUNT",
-    r"docker build .*": "DOCKER",
+    r"docker (build|push) .*": "DOCKER",
     r"pip install .*": "THE NETWORK, and is in the Makefile",
 }
 STARTS = (

@@ -57,7 +57,7 @@ def one_line_errors(*kinds: type[Exception]):
 
     When one rank fails, the collectives of the others fail too, and torchrun ends them within
     seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and ranks that fail
-    because another one did after 6 and 9 s: what is read is the cause.
+    because another one did after 10 and 13 s: what is read is the cause.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def one_line_errors(*kinds: type[Exception]):
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if under_torchrun:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(6 * caused_elsewhere + 3 * (os.environ["LOCAL_RANK"] != "0"))
+            time.sleep(10 * caused_elsewhere + 3 * (os.environ["LOCAL_RANK"] != "0"))
         launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))  # see torchrun.py
         if os.getppid() != launcher:
             os._exit(1)  # another rank has told the cause, and the run has ended

@@ -9,6 +9,7 @@ on made-up rows, so that nothing is downloaded; what breaks is the same at any s
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 import checkpoint
+import machine
 import utils
 from dataset import LengthGroupedSampler, TokenizedExamples, collate, eval_loader
 from errors import print0
@@ -294,10 +296,11 @@ def one_line(function) -> str:
     return " ".join(function.__doc__.split())
 
 
-def run_rank(rank: int, names: list[str], place: str) -> None:
+def run_rank(rank: int, names: list[str], place: str, report: Path | None) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{place}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    seconds = {}
     for name in names:
         experiment, right, wrong = EXPERIMENTS[name]
         print0(f"{name}: {one_line(experiment)}\n    - {right}\n    + {wrong}")
@@ -305,7 +308,11 @@ def run_rank(rank: int, names: list[str], place: str) -> None:
         for broken in (False, True):
             for what, value in experiment(rank, broken).items():
                 print0(f"    {'broken' if broken else 'right '}  {what}: {show(value)}")
-        print0(f"    took {time.perf_counter() - t0:.1f} s")
+        seconds[name] = round(time.perf_counter() - t0, 1)
+        print0(f"    took {seconds[name]} s")
+    if rank == 0 and report:
+        record = {"script": "lab", "seconds": seconds, "host": machine.host(torch.device("cpu"))}
+        report.write_text(json.dumps(record, indent=1) + "\n")
     utils.cleanup_distributed()
 
 
@@ -314,10 +321,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"tour, {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--report", type=Path, help="write the seconds of each to this file")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # how main starts itself twice
     args = parser.parse_args()
     if args.rank:
-        return run_rank(int(args.rank[0]), args.names, args.rank[1])
+        return run_rank(int(args.rank[0]), args.names, args.rank[1], args.report)
     if unknown := [name for name in args.names if name not in {*EXPERIMENTS, "tour"}]:
         sys.exit(f"error: no experiment {unknown[0]}; without a name all are listed")
     if not args.names:
@@ -328,7 +336,9 @@ def main() -> None:
     names = [*EXPERIMENTS] if args.names in ([], ["tour"]) else args.names
     env = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} | os.environ
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, __file__, *names, "--rank"]
+        command = [sys.executable, __file__, *names]
+        command += ["--report", args.report] if args.report else []
+        command += ["--rank"]
         ranks = [subprocess.Popen([*command, str(r), place], env=env) for r in range(2)]
         sys.exit(max(rank.wait() for rank in ranks))
 
