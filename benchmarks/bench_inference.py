@@ -11,6 +11,7 @@ runs/, with --record to benchmarks/results/.
 import argparse
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -248,9 +249,10 @@ def instructions() -> str:
     """The CPU's int8 instructions; without any torch._int_mm is no fast kernel, and its rate no
     measure of the machine."""
     try:
-        flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].split("\n")[0].split())
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return ""
+    flags = set(re.search(r"(?:flags|Features)\s*:(.*)", text)[1].split())
     return " ".join(sorted(flags & {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}))
 
 

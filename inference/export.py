@@ -81,6 +81,8 @@ def write_int8(model: NewsClassifier, rows: list[np.ndarray], path: Path) -> Non
             preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER,  # with SmoothQuant
             subset_size=len(rows),
+            # embeddings stay exact: int8 ones would be unpacked to fp32 in memory at every start
+            ignored_scope=nncf.IgnoredScope(types=["Gather"]),
         )
     openvino.save_model(quantized, path, compress_to_fp16=False)
 

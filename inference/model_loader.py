@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from mmap import ACCESS_COPY, MADV_DONTNEED, mmap
 from pathlib import Path
 from threading import Lock
 
@@ -198,19 +199,28 @@ def int8_engine(folder: Path) -> Engine:
         "ENABLE_CPU_PINNING": False,
         # not bf16 where a CPU has it: scores would depend on the machine, and more on the batch
         "INFERENCE_PRECISION_HINT": "f32",
-        # kernels are kept by shape of the batch: as many as there are would fill the memory
-        "CPU_RUNTIME_CACHE_CAPACITY": 64,
+        # kernels are kept by shape of the batch: the 5,000 of the default would fill the memory
+        "CPU_RUNTIME_CACHE_CAPACITY": 16,
     }
+    core, lock = openvino.Core(), Lock()
     try:
-        compiled = openvino.Core().compile_model(folder / INT8_XML, "CPU", options)
-    except RuntimeError:
+        with open(folder / INT8_BIN, "rb") as file:
+            weights = mmap(file.fileno(), 0, access=ACCESS_COPY)
+        tensor = openvino.Tensor(np.frombuffer(weights, np.uint8), shared_memory=True)
+        model = core.read_model((folder / INT8_XML).read_bytes(), tensor)
+        request = core.compile_model(model, "CPU", options).create_infer_request()
+    except (RuntimeError, ValueError):  # ValueError: an empty file
         raise LoadError(f"OpenVINO cannot run {folder / INT8_XML}; {EXPORT}") from None
-    request, lock = compiled.create_infer_request(), Lock()
 
-    def logits(input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:
+    def logits(input_ids: np.ndarray, attention_mask: np.ndarray, tensor=tensor) -> np.ndarray:
         with lock:  # a request runs one batch at a time
             return request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]
 
+    one = np.ones((1, 2), np.int64)
+    logits(one, one)
+    # OpenVINO has its own copy of the matrices now. Of the file only the embeddings are read on, a
+    # few pages at a time, and what leaves the memory here comes back when it is needed
+    weights.madvise(MADV_DONTNEED)
     info = metadata["info"] | {"engine": "int8", "device": "cpu"}
     return Engine(logits, metadata["labels"], metadata["max_length"], metadata["vocab_size"], info)
 

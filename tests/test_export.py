@@ -178,6 +178,7 @@ def rehash(folder):
         lambda c: (c / INT8_BIN).write_bytes((c / INT8_BIN).read_bytes()[:-100]),
         lambda c: ((c / INT8_XML).write_bytes(b"no model"), rehash(c)),
         lambda c: ((c / INT8_BIN).write_bytes(b"no weights"), rehash(c)),
+        lambda c: ((c / INT8_BIN).write_bytes(b""), rehash(c)),
         lambda c: (c / INT8_XML).unlink(),
         lambda c: (c / INT8_BIN).unlink(),
         lambda c: (c / INT8_METADATA).unlink(),
@@ -332,6 +333,21 @@ def test_the_model_uses_as_many_threads_as_it_was_told(exported, monkeypatch):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_memory_does_not_grow_with_the_shapes_that_were_seen(exported):
+    """OpenVINO's default keeps a kernel for each of 5,000 shapes."""
+    code = (
+        "import random, sys; from pathlib import Path; from inference.model_loader import *\n"
+        "classifier, rng = Classifier(Path(sys.argv[1]), 'int8'), random.Random(0)\n"
+        "for number in range(1200):\n"
+        "    classifier.scores([[2] * rng.randint(2, 128)] * rng.randint(1, 16))\n"
+        "    if number in (599, 1199):\n"
+        "        status = Path('/proc/self/status').read_text()\n"
+        "        print(int(status.split('VmRSS:')[1].split()[0]) // 1024)\n"
+    )
+    half, end = map(int, run(["-c", code, str(exported)], ROOT).stdout.split())
+    assert end < half + 20  # MiB
 
 
 def test_metadata_names_the_files_it_belongs_to(exported):
