@@ -107,7 +107,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, list]]:
         table = pyarrow.parquet.ParquetFile(path).read()
     else:
         table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
-    table.validate(full=True)  # bytes that were damaged could crash the process below
+    table.validate(full=True)  # corrupted bytes could crash the process below
     info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
     features = info.get("info", {}).get("features", {})
     yield "header", table.column_names

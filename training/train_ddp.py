@@ -111,7 +111,7 @@ def main() -> None:
     sampler = dataset.LengthGroupedSampler(
         data.train, args.global_batch_size, num_replicas=world_size, rank=rank, seed=args.seed
     )
-    pin = device.type == "cuda"  # pinned memory is copied to a GPU while the CPU goes on
+    pin = device.type == "cuda"  # pinned memory is copied to a GPU while the CPU continues
     train_loader = DataLoader(
         data.train, micro_batch_size, sampler=sampler, collate_fn=dataset.collate, pin_memory=pin
     )

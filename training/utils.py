@@ -52,9 +52,9 @@ def all_reduce_sum(values: list[float]) -> list[float]:
 def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict) -> None:
     """Raises UsageError on every rank if a rank's recipe or flags differ from rank 0's."""
     names = ("save_every", "grad_compression", "sparse_embeddings", "backend")
-    facts = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    own = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {"host": os.uname().nodename, **facts, **recipe})
+    dist.all_gather_object(everyone, {"host": os.uname().nodename, **own, **recipe})
     for rank, theirs in enumerate(everyone):
         for name, value in theirs.items():
             if name != "host" and value != (first := everyone[0][name]):

@@ -1,4 +1,4 @@
-"""Spoils checkpoints in a hundred ways, and sees each refused with one line.
+"""Corrupts checkpoints in a hundred ways, and sees each refused with one line.
 
 python -m tests.faults.corrupt [--times 100] [--seed 0] [--out FILE]       (make faults)
 
@@ -74,8 +74,8 @@ def unfinished(folder: Path, backbone: Path, news: Path) -> None:
     )
 
 
-def spoil(path: Path, other: Path, way: str, chance: random.Random, trace: Path) -> str:
-    """Spoils the file; returns what exactly was done."""
+def corrupt(path: Path, other: Path, way: str, chance: random.Random, trace: Path) -> str:
+    """Corrupts the file; returns what exactly was done."""
     content = bytearray(path.read_bytes())
     if way == "truncated":
         cut = chance.randrange(len(content))
@@ -128,13 +128,13 @@ def main() -> None:
         recipe = checkpoint.load_checkpoint(whole / "last.pt", LAST_KEYS)["recipe"]
         for number in range(args.times):
             chance = random.Random(1000 * args.seed + number)
-            folder, trace = place / "spoiled", place / "it_ran"
+            folder, trace = place / "corrupted", place / "it_ran"
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(whole, folder)
             files = [folder / "last.pt", folder / "distilbert_agnews.pt"]
             path, other = files if number % 2 else files[::-1]
             way = WAYS[number // 2 % len(WAYS)]
-            done = spoil(path, other, way, chance, trace)
+            done = corrupt(path, other, way, chance, trace)
             one = {"seed": 1000 * args.seed + number, "file": path.name, "way": way, "what": done}
             if path.name == "last.pt":
                 previous = checkpoint.read_last(path, recipe)  # falls back, and says so

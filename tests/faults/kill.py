@@ -93,7 +93,7 @@ class Run:
 
 
 def kill_once(run: Run, chance: random.Random) -> dict:
-    """Starts, kills, goes on to the end; says what happened."""
+    """Starts, kills, resumes to the end; says what happened."""
     victim, in_save = chance.choice(["0", "1", "torchrun"]), chance.random() < 0.4
     after = chance.uniform(0.0, 9.0)
     began = time.monotonic()
