@@ -17,7 +17,7 @@ test: $(INSTALLED)-dev
 	pytest -n 2 --dist loadfile
 
 serve: $(INSTALLED)
-	uvicorn inference.app:app --port $(PORT)
+	uvicorn inference.app:app --port $(PORT) --http h11
 
 lint: $(INSTALLED)-dev
 	ruff check .
@@ -39,7 +39,7 @@ report: $(INSTALLED)-dev
 $(INSTALLED): requirements.txt requirements-offline.txt constraints.txt
 	@case "$(VERSION)" in 3.1[1-9]) ;; *) echo "error: Python 3.11 or newer is needed, and \
 	$(PYTHON) has version: $(VERSION); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1;; esac
-	@echo "installing into .venv: 1.7 GB with PyTorch's CPU build, 5.4 GB with CUDA's libraries"
+	@echo "installing into .venv: about 2 GB with PyTorch's CPU build, 6 GB with CUDA's libraries"
 	@rm -f .venv/installed-*
 	@[ -x $(BIN)/python$(VERSION) ] || PATH="$${PATH#*:}" $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install -r requirements.txt -c constraints.txt
