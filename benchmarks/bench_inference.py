@@ -92,7 +92,7 @@ def infinity_python(quick: bool) -> tuple[Path | None, str]:
         f"infinity-emb[server,torch]=={INFINITY}",
         f"torch=={version('torch').partition('+')[0]}",
     ]
-    wanted += ["transformers<5", "optimum<2"]  # infinity imports what later ones no longer have
+    wanted += ["transformers<4.49", "optimum<2"]  # its BetterTransformer is gone from later ones
     log = []
     for command in (
         [sys.executable, "-m", "venv", "--clear", venv],
@@ -156,8 +156,9 @@ class Server:
         while not self.answers(body, headers):
             self.start_seconds = time.perf_counter() - self.t0
             if self.process.poll() is not None or self.start_seconds > 180:
-                tail = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise BenchError(f"the {self.name} server did not start: {' '.join(tail)}")
+                lines = self.log.read_text(errors="replace").strip().splitlines() or [""]
+                reason = next((x for x in reversed(lines) if "Error: " in x), lines[-1])
+                raise BenchError(f"the {self.name} server did not start: {reason}")
             time.sleep(0.02)
         self.start_seconds = time.perf_counter() - self.t0
 

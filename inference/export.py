@@ -232,6 +232,7 @@ def to_hf(folder: Path) -> None:
     exported.load_state_dict(state["model"], strict=True)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokenizer.model_max_length = state["max_length"]
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # a BERT tokenizer gives a third
     out = folder / "hf"
     with tempfile.TemporaryDirectory(dir=folder) as new:
         new = Path(new, "hf")

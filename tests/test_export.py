@@ -72,11 +72,14 @@ def test_labels_and_scores_equal_those_of_transformers_pipeline(trained, texts):
 
 def test_the_exported_folder_carries_labels_metrics_and_a_model_card(trained):
     from huggingface_hub import ModelCard
+    from transformers import AutoTokenizer
 
     export.to_hf(trained)
     config = json.loads((trained / "hf" / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "World", "1": "Sports", "2": "Business", "3": "Sci/Tech"}
     assert config["architectures"] == ["DistilBertForSequenceClassification"]
+    tokenizer = AutoTokenizer.from_pretrained(trained / "hf")
+    assert [*tokenizer("bank")] == ["input_ids", "attention_mask"]  # all that the model takes
     card = ModelCard.load(trained / "hf" / "README.md")
     accuracy = torch.load(trained / "distilbert_agnews.pt")["metrics"]["test_accuracy"]
     assert card.data.eval_results[0].metric_value == pytest.approx(accuracy, abs=1e-4)
