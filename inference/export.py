@@ -230,9 +230,9 @@ def to_hf(folder: Path) -> None:
     )
     exported = DistilBertForSequenceClassification(config)
     exported.load_state_dict(state["model"], strict=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    inputs = ["input_ids", "attention_mask"]  # a BERT tokenizer gives a third one
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", model_input_names=inputs)
     tokenizer.model_max_length = state["max_length"]
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # a BERT tokenizer gives a third
     out = folder / "hf"
     with tempfile.TemporaryDirectory(dir=folder) as new:
         new = Path(new, "hf")
