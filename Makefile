@@ -6,7 +6,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 INSTALLED := .venv/installed-$(VERSION)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test serve lint bench faults kaggle report
+.PHONY: demo test test-slow serve lint bench faults kaggle report
 
 demo: $(INSTALLED)
 	bash training/run_ddp.sh --data sample --model packaged --epochs 6 --global-batch-size 16 --lr 2e-4
@@ -14,7 +14,10 @@ demo: $(INSTALLED)
 	@echo "next: source .venv/bin/activate, and any command of the README"
 
 test: $(INSTALLED)-dev
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(INSTALLED)-dev
+	pytest -m slow
 
 serve: $(INSTALLED)
 	uvicorn inference.app:app --port $(PORT) --http h11

@@ -18,6 +18,8 @@ import pytest
 from ranks import ROOT
 from server import wait_until_healthy
 
+pytestmark = pytest.mark.slow
+
 USER = {"user": 1000, "group": 1000, "extra_groups": []} if os.geteuid() == 0 else {}
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
 COPIES = re.findall(r"^COPY --chown=user (.+) (\S+/)$", DOCKERFILE, re.MULTILINE)

@@ -46,6 +46,7 @@ def test_a_push_under_another_name_than_the_tokens_is_refused(tmp_path, monkeypa
         bundle.user()
 
 
+@pytest.mark.slow
 def test_the_kernel_runs_from_preflight_to_pages(kernel, tmp_path):
     # the sample's words need a real tokenizer
     tiny_backbone = make_backbone(tmp_path / "tiny", 0.1, tokenizer=packaged_backbone())

@@ -109,6 +109,7 @@ def pod_commands(path: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
     return commands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [TRAINJOB, PYTORCHJOB], ids=lambda path: path.stem)
 def test_two_pods_train_together(path, calm_backbone, news_folder, tmp_path):
     flags = ["--model", calm_backbone, "--data", news_folder, "--global-batch-size", 8]

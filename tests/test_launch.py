@@ -131,7 +131,7 @@ def test_restarted_ranks_meet_in_an_empty_store(launch):
 
 FAILING = """
 import os, pathlib, signal, sys, time
-print("started", flush=True)
+os.write(1, b"started\\n")  # in one piece
 done = pathlib.Path(__file__).with_suffix("." + os.environ["TORCHELASTIC_RESTART_COUNT"])
 if os.environ["RANK"] == "1":
     while not done.exists():

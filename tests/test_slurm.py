@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, environment, losses, train
 
+pytestmark = pytest.mark.slow
+
 NODES = ("n1", "n2")
 ADDRESSES = {"ctl": "10.79.0.3", "n1": "10.79.0.1", "n2": "10.79.0.2"}
 # linuxproc finds a job's processes by their parents: cgroups differ from machine to machine

@@ -4,9 +4,12 @@ torchrun is `torch.distributed.run.main`. When a rank fails, torchrun logs a sum
 of its own below the line that the rank has printed, and exits with 1.
 """
 
-import signal
+try:
+    import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 import logging
 import os

@@ -81,7 +81,7 @@ def content() -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as files:
         for name in sorted(git("ls-files", *CONTENT).split("\n")[:-1]):
-            if not name.startswith("benchmarks/plots"):
+            if not name.startswith("benchmarks/plots/"):
                 files.add(ROOT / name, name)
     return lzma.compress(packed.getvalue())
 
