@@ -44,7 +44,7 @@ def now(device: torch.device) -> float:
 
 
 def gemm_rate(config: Config, dtype: torch.dtype, device: torch.device, rows=32, seconds=2.0):
-    """FLOP/s of the model's own matrix products, a batch of 52-token rows, back to back."""
+    """FLOP/s of the model's own matmuls, a batch of 52-token rows, back to back."""
     m, d, h = rows * 52, config.dim, config.hidden_dim
     # in the proportion of a layer: query, key, value, output; up; down
     shapes = [(d, d, 4), (d, h, 1), (h, d, 1)]

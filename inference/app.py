@@ -227,7 +227,7 @@ def queue_full_response(retry_after: int) -> JSONResponse:
 
 
 class LoadSheddingMiddleware:
-    """Refuses what cannot be served before anything is spent on it, drops the work of clients that
+    """Refuses invalid and excess requests before anything is spent on them, drops the work of clients that
     have hung up, and counts all requests."""
 
     def __init__(self, app):

@@ -81,7 +81,7 @@ class Batcher:
         self.arrived.set()
         try:
             return await asyncio.gather(*(row.done for row in mine))
-        finally:  # a client that has gone, or whose other row failed, waits for nothing more
+        finally:  # a client that has gone, or whose other row failed, is not waited for any more
             for row in mine:
                 row.done.cancel()
 
