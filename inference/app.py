@@ -227,8 +227,8 @@ def queue_full_response(retry_after: int) -> JSONResponse:
 
 
 class LoadSheddingMiddleware:
-    """Refuses invalid and excess requests before anything is spent on them, drops the work of clients that
-    have hung up, and counts all requests."""
+    """Refuses invalid and excess requests before anything is spent on them, drops the work of
+    clients that have hung up, and counts all requests."""
 
     def __init__(self, app):
         self.app, self.unread_bytes = app, 0
