@@ -355,7 +355,7 @@ def run(args, folder: Path, texts: list[str]) -> tuple[list[dict], dict]:
     infinity, why = infinity_python(args.quick)
     skipped = {} if infinity else {"infinity": why}
     names = [name for name in SERVERS if name not in skipped]
-    progress = Progress(args.rounds * (len(names) * len(CLIENTS) + 4))
+    progress = Progress(args.rounds * (len(names) * len(CLIENTS) + 3 + bool(instructions())))
     rows = []
     for number in range(args.rounds):
         for name in names:
@@ -375,7 +375,7 @@ def run(args, folder: Path, texts: list[str]) -> tuple[list[dict], dict]:
                 classifier = Classifier(folder, name)
                 found[len(CLIENTS)]["without_http_p50_ms"] = without_http(classifier, texts)
                 progress(f"{name}, without HTTP")
-                if name == "int8":
+                if name == "int8" and instructions():
                     row = matmul_share(classifier, 5 if args.quick else 30)
                     found.append({"kind": "matmul", "server": name, "round": number} | row)
                     progress(f"{name}: {row['share']:.2f} of torch._int_mm's rate")

@@ -146,15 +146,17 @@ T4 = [
     Gpu(18e12, 13e-3, 4e9, 12e-6),
     Gpu(24e12, 8e-3, 8e9, 12e-6),
 ]
-# On paper: a third of the 312 TFLOP/s that an A100 has in bf16, and links at their nominal rates.
-PAPER = {
-    link: Gpu(104e12, 5e-3, bandwidth, 10e-6)
-    for link, bandwidth in (
-        ("NVLink, 200 GB/s", 200e9),
-        ("100 Gb Ethernet", 12.5e9),
-        ("25 Gb Ethernet", 3.125e9),
-    )
+# A cluster: a third of the 312 TFLOP/s that an A100 has in bf16, and links at their nominal rates.
+# name: (bytes/s of a GPU's link, the largest number of GPUs that it joins)
+LINKS = {
+    "NVLink, 200 GB/s": (200e9, 8),
+    "400 Gb InfiniBand": (50e9, 64),
+    "100 Gb Ethernet": (12.5e9, 64),
+    "25 Gb Ethernet": (3.125e9, 64),
+    "10 Gb Ethernet": (1.25e9, 64),
 }
+CLUSTER_GPU = Gpu(104e12, 5e-3, 0, 10e-6)
+CLUSTER_SIZES = (2, 4, 8, 16, 32, 64)
 # DistilBERT-base's gradients. The buckets are those of DDP's log, from the second step on.
 BUCKETS = (2371600, *[28351488] * 6, 95345664)
 ROW = 768 * 4  # bytes of a word's embedding
@@ -229,19 +231,24 @@ def t4_levers(touched: float | None) -> list[tuple[str, dict]]:
     return [*levers, ("4 accumulated", {"accumulation": 4})]
 
 
-def paper() -> list[tuple[str, str, list[float]]]:
-    """(how, link, efficiencies of 8, 64 and 512 GPUs)."""
-    both = {"accumulation": 4, "compressed": True}
+def cluster() -> list[tuple[str, str, list[float | None]]]:
+    """(how, link, efficiency of each of CLUSTER_SIZES): n GPUs' samples/s over n times one's."""
     ways = {
         "32 rows a GPU": {"rows": 32},
-        "128 rows": {"rows": 128},
-        "32 rows, 4 accumulated": {"rows": 32, "accumulation": 4},
-        "32 rows, 16-bit gradients": {"rows": 32, "compressed": True},
-        "128 rows, both": {"rows": 128} | both,
+        "128 rows a GPU": {"rows": 128},
+        "4 x 128 rows accumulated, 16-bit gradients": {
+            "rows": 128,
+            "accumulation": 4,
+            "compressed": True,
+        },
     }
-    step = partial(gpu_step, flop=flops_per_sample(Config(), TOKENS))
-    return [
-        (name, link, [step(gpu, **how) / step(gpu, world_size=n, **how) for n in (8, 64, 512)])
-        for name, how in ways.items()
-        for link, gpu in PAPER.items()
-    ]
+    flop = flops_per_sample(Config(), TOKENS)
+    table = []
+    for name, how in ways.items():
+        for link, (bandwidth, largest) in LINKS.items():
+            seconds = partial(gpu_step, replace(CLUSTER_GPU, bandwidth=bandwidth), flop, **how)
+            cells = [
+                seconds() / seconds(world_size=n) if n <= largest else None for n in CLUSTER_SIZES
+            ]
+            table.append((name, link, cells))
+    return table

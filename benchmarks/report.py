@@ -22,7 +22,7 @@ WRITTEN = {
     "inference": BENCHMARKS / "inference.md",
     "reliability": ROOT / "docs" / "reliability.md",
 }
-PAGES = [ROOT / "README.md", ROOT / "docs" / "ddp_explained.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "ddp_explained.md", ROOT / "docs" / "cluster.md"]
 PAGES += [ROOT / "training" / "sample_data" / "README.md"]
 SERVERS = {
     "pipeline": "`pipeline` in a `def` endpoint, fp32",
@@ -30,7 +30,6 @@ SERVERS = {
     "litserve_2": "LitServe, two workers, fp32",
     "infinity": "Infinity, fp32",
     "torch": "this repo, torch fp32",
-    "onnx": "this repo, ONNX Runtime int8",
     "int8": "this repo, OpenVINO int8",
 }
 

@@ -1,7 +1,7 @@
 """Requests that wait at the same time share a forward pass: dynamic batching for one model.
 
 While a batch runs in the model's own thread, new rows gather; the next batch forms the moment the
-model is free, so a lone client never waits for company.
+model is free, so a single client never waits for others.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ class Batcher:
 
     @contextmanager
     def admit(self, rows: int) -> Iterator[None]:
-        """Counts rows from the door to the answer, so that those being tokenized count, too."""
+        """Counts rows from admission to the answer, so that those being tokenized count, too."""
         if not self.has_capacity(rows):
             raise QueueFull(self.retry_after())
         self.admitted += rows
@@ -81,7 +81,7 @@ class Batcher:
         self.arrived.set()
         try:
             return await asyncio.gather(*(row.done for row in mine))
-        finally:  # a client that has gone, or whose other row failed, is not waited for any more
+        finally:  # the client disconnected, or another of its rows failed
             for row in mine:
                 row.done.cancel()
 

@@ -38,8 +38,8 @@ def trained(tiny_backbone, news_folder, tmp_path_factory):
 def exported(trained, news_folder):
     """`trained` with its int8 files beside it, as export.py writes them."""
     command = [sys.executable, ROOT / "inference" / "export.py", "--to", "int8"]
-    command += ["--data", news_folder, "--checkpoint-dir", trained]
-    env = environment()
+    env = environment(CHECKPOINT_DIR=str(trained))
     del env["PYTHONPATH"]  # a user has none
-    subprocess.run([*map(str, command)], cwd=trained, env=env, check=True, timeout=280)
+    command = [*map(str, [*command, "--data", news_folder])]
+    subprocess.run(command, cwd="/", env=env, check=True, timeout=280, umask=0o077)
     return trained

@@ -3,7 +3,7 @@
 Runs the script's own main() and saves to OUT/rank<r>.pt what no command line shows: each step's
 gradients as the optimizer gets them, the rows of each epoch in order, the final weights, and how
 many checkpoints were written. The environment can change one thing: STOP_AT_STEP=n sends this
-process SIGTERM in its n-th step, NO_SET_EPOCH=1 forgets set_epoch, COUNT_BUCKETS=1 replaces DDP's
+process SIGTERM in its n-th step, NO_SET_EPOCH=1 drops set_epoch, COUNT_BUCKETS=1 replaces DDP's
 reduction by one that counts the buckets of each step, FAULT=... makes rank 1 fail in its 3rd step.
 """
 
@@ -69,7 +69,7 @@ def instrument_rows(order_of):
     return instrumented
 
 
-def forget_rows(report):
+def without_rows(report):
     def instrumented(*args):
         line = report(*args)
         seen["rows"].clear()  # it reads a batch before the first epoch
@@ -107,7 +107,7 @@ def main() -> None:
     nn.utils.clip_grad_norm_ = instrument_gradients(nn.utils.clip_grad_norm_)
     sampler = dataset.LengthGroupedSampler
     sampler.__iter__ = instrument_rows(sampler.__iter__)
-    comm_share.report = forget_rows(comm_share.report)
+    comm_share.report = without_rows(comm_share.report)
     checkpoint.save_checkpoint = count_saves(checkpoint.save_checkpoint)
     if os.environ.get("NO_SET_EPOCH"):
         sampler.set_epoch = lambda self, epoch: None

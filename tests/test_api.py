@@ -437,9 +437,9 @@ def test_what_cannot_be_served_ends_with_one_line(trained, workers, variable, va
     "command, whole_group",
     [
         (UVICORN, False),
-        ([*UVICORN, "--workers", "2"], False),
+        pytest.param([*UVICORN, "--workers", "2"], False, marks=pytest.mark.slow),
         ([*UVICORN, "--workers", "2"], True),
-        ([*GUNICORN, "-w", "2"], False),
+        pytest.param([*GUNICORN, "-w", "2"], False, marks=pytest.mark.slow),
         ([*GUNICORN, "-w", "2"], True),
     ],
     ids=["uvicorn", "uvicorn 2", "uvicorn 2, group", "gunicorn 2", "gunicorn 2, group"],

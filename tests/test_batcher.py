@@ -67,7 +67,7 @@ def test_what_waits_together_is_batched_by_length_oldest_first():
     assert asyncio.run(go()) == [[1], [10, 10, 11, 11], [50, 52], [12, 13], [100]]
 
 
-def test_a_lone_client_does_not_wait_for_company():
+def test_a_single_client_does_not_wait_for_others():
     async def go():
         batcher = Batcher(echo)
         await batcher.submit([[1]])  # the thread has started

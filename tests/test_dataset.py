@@ -332,7 +332,7 @@ def test_the_fingerprint_tells_any_other_data_apart(tmp_path, news_folder, tiny_
     assert len(seen) == 5 and fingerprint() in seen
 
 
-def test_a_tokenizer_that_is_missing_corrupted_or_foreign_is_one_line(
+def test_a_tokenizer_that_is_missing_corrupted_or_another_is_one_line(
     tmp_path, news_folder, tiny_backbone
 ):
     folder = shutil.copytree(tiny_backbone, tmp_path / "backbone")

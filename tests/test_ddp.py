@@ -76,23 +76,10 @@ def test_the_run_record_tells_what_ran_and_how_the_loss_fell(two_ranks):
     assert np.mean(losses(zero)[:14]) == pytest.approx(record["epochs"][0]["train_loss"])
 
 
-def test_accumulation_all_reduces_once_a_step(tiny_backbone, news_folder, tmp_path):
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 3)
-    (whole, _), (parts, _) = (
-        train(2, [*run, "--micro-batch-size", micro], tmp_path, COUNT_BUCKETS="1")
-        for micro in ("4", "1")
-    )
-    # the first count includes the backward that was thrown away before the first step
-    assert parts.seen["buckets"] == whole.seen["buckets"]  # not four times as many
-    assert len(parts.seen["buckets"]) == 3 and min(parts.seen["buckets"]) >= 1
-
-
 def test_compression_and_sparse_embeddings_train_alike(calm_backbone, news_folder, tmp_path):
     run = flags(calm_backbone, news_folder, tmp_path / "c", "--max-steps", 6, "--fresh")
     plain, _ = train(2, run, tmp_path)
-    exact, _ = train(2, [*run, "--sparse-embeddings"], tmp_path)
     small, other = train(2, [*run, "--sparse-embeddings", "--grad-compression", "bf16"], tmp_path)
-    assert losses(exact) == pytest.approx(losses(plain), rel=1e-5)
     assert losses(small) == pytest.approx(losses(plain), rel=1e-2)
     assert losses(small) != losses(plain)
     assert all(map(torch.equal, small.seen["weights"], other.seen["weights"]))

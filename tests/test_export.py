@@ -60,10 +60,10 @@ def test_labels_and_scores_equal_those_of_transformers_pipeline(trained, texts):
 
     export.to_hf(trained)
     pipe = transformers.pipeline("text-classification", str(trained / "hf"), top_k=None)
-    expected = pipe(texts, truncation=True, batch_size=1)
+    expected = pipe(texts[:60], truncation=True, batch_size=1)
     classifier = Classifier(trained, "torch")
-    found = [classifier.predict([text])[0] for text in texts]
-    assert sum(answer["truncated"] for answer in found) > 20
+    found = [classifier.predict([text])[0] for text in texts[:60]]
+    assert sum(answer["truncated"] for answer in found) > 10
     for theirs, ours in zip(expected, found, strict=True):
         assert theirs[0]["label"] == ours["label"]
         scores = {row["label"]: row["score"] for row in theirs}
@@ -96,20 +96,19 @@ def test_an_epsilon_that_transformers_does_not_compute_is_refused(copy):
         export.to_hf(copy)
 
 
-def test_files_can_be_read_by_every_user_whatever_the_umask(copy, news_folder):
-    command = (
-        f'umask 077; for to in int8 hf; do "{sys.executable}" "{ROOT}/inference/export.py" '
-        f'--to $to --data "{news_folder}" || exit; done'
-    )
-    env = environment(CHECKPOINT_DIR=str(copy))
-    subprocess.run(["bash", "-c", command], cwd="/", env=env, check=True, timeout=200)
+def test_files_can_be_read_by_every_user_whatever_the_umask(copy):
+    before = os.umask(0o077)  # as that of the fixture `exported`, which wrote the int8 files
+    try:
+        export.to_hf(copy)
+    finally:
+        os.umask(before)
     files = [copy / name for name in INT8_FILES] + [*(copy / "hf").iterdir()]
     assert len(files) > 6
     assert {oct(file.stat().st_mode) for file in files} == {"0o100644"}
     assert oct((copy / "hf").stat().st_mode) == "0o40755"
 
 
-def test_a_text_gets_the_same_label_and_scores_in_every_company(exported, texts):
+def test_a_text_gets_the_same_label_and_scores_in_every_batch(exported, texts):
     classifier = Classifier(exported, "int8")
     rows = [classifier.encode(text).ids for text in texts]
     alone = np.concatenate([classifier.scores([row]) for row in rows])
@@ -343,9 +342,9 @@ def test_memory_does_not_grow_with_the_shapes_that_were_seen(exported):
     code = (
         "import random, sys; from pathlib import Path; from inference.model_loader import *\n"
         "classifier, rng = Classifier(Path(sys.argv[1]), 'int8'), random.Random(0)\n"
-        "for number in range(1200):\n"
+        "for number in range(600):\n"
         "    classifier.scores([[2] * rng.randint(2, 128)] * rng.randint(1, 16))\n"
-        "    if number in (599, 1199):\n"
+        "    if number in (299, 599):\n"
         "        status = Path('/proc/self/status').read_text()\n"
         "        print(int(status.split('VmRSS:')[1].split()[0]) // 1024)\n"
     )

@@ -28,6 +28,7 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
     flags = ["--model", tiny_backbone, "--data", news_folder, "--global-batch-size", 8]
     flags += ["--checkpoint-dir", tmp_path / "c"]
     env = environment(FAULT=fault, TIMEOUT="10", GLOO_SOCKET_IFNAME="lo")
+    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"  # that torchrun gives a rank which does not end
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, *map(str, [*launch, *script, *flags])],
@@ -38,8 +39,7 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
         timeout=120,
     )
     assert done.returncode not in (0, None)
-    # the start, the time-out, and the 30 s that torchrun gives a rank which does not end
-    assert time.monotonic() - began < 70
+    assert time.monotonic() - began < 60  # the start, both time-outs, on a busy machine
     assert last in done.stderr.strip().splitlines()[-1], done.stderr
     assert "another process exited" not in done.stderr
     assert done.stderr.count("error: ") <= 1

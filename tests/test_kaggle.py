@@ -77,6 +77,7 @@ def test_the_kernel_runs_from_preflight_to_pages(kernel, tmp_path):
     assert tiny_backbone.name in page and "the sample, 2 processes" in page
 
 
+@pytest.mark.slow
 def test_a_transport_that_fails_is_followed_by_the_next(monkeypatch, capsys):
     # gloo stands in for NCCL: it fails until it is told of an interface that exists
     works = {"GLOO_SOCKET_IFNAME": "lo"}

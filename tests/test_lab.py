@@ -45,7 +45,7 @@ def tour() -> str:
 def test_the_experiment_shows_the_damage(tour, name):
     right, broken = SHOWN[name]
     part = re.search(rf"^{name}: .*\n((?:    .*\n)+)", tour, re.MULTILINE)[1]
-    well, ill = re.split("^    broken", part, maxsplit=1, flags=re.MULTILINE)
-    assert right in well and broken in ill, part
+    right_part, broken_part = re.split("^    broken", part, maxsplit=1, flags=re.MULTILINE)
+    assert right in right_part and broken in broken_part, part
     figures = re.findall("(?:right |broken)  .*: (.*)", part)
     assert figures[: len(figures) // 2] != figures[len(figures) // 2 :], part

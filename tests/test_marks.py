@@ -56,7 +56,7 @@ def test_2_data_prepared_in_the_group_outlasts_a_collective(variant):
 def test_2_without_the_comparison_ranks_train_on_different_rows(variant):
     compare = "    utils.check_same_on_all_ranks(args, recipe)\n"
     cut = ("data = dataset", "args.max_train_samples = 100 - rank\n    data = dataset")
-    ranks, _ = variant(cut, (compare, ""), more=["--epochs", 1])
+    ranks, _ = variant(cut, (compare, ""), more=["--max-steps", 3])
     assert ranks[0].status == 0  # nothing told
     ranks, _ = variant(cut, status=1)
     assert "the training data differs" in ranks[0].stderr
@@ -74,12 +74,12 @@ def test_3_without_a_share_of_its_own_every_rank_trains_on_the_same_rows(variant
 
 def test_4_without_the_wrapper_the_models_diverge(variant):
     wrapper = part("model = DistributedDataParallel(", "writer = ")
-    (zero, one), _ = variant((wrapper, "    model = raw_model\n"))
+    (zero, one), _ = variant((wrapper, "    model = raw_model\n"), more=["--max-steps", 3])
     assert not all(map(torch.equal, zero.seen["weights"], one.seen["weights"]))
 
 
 def test_5_without_no_sync_every_micro_batch_is_all_reduced(variant):
-    more = ("--micro-batch-size", 1)  # four a step
+    more = ("--micro-batch-size", 1, "--max-steps", 3)  # four a step
     (right, _), _ = variant(more=more, COUNT_BUCKETS="1")
     always = ("nullcontext() if last else model.no_sync()", "nullcontext()")
     (zero, _), _ = variant(always, more=more, COUNT_BUCKETS="1")
@@ -96,7 +96,8 @@ def test_6_without_the_sum_over_ranks_one_share_is_divided_by_all_rows(variant):
 
 
 def test_7_the_wrapper_saved_has_another_name_for_every_weight(variant):
-    (_, _), folder = variant(("args.checkpoint_dir, raw_model,", "args.checkpoint_dir, model,"))
+    wrapped = ("args.checkpoint_dir, raw_model,", "args.checkpoint_dir, model,")
+    _, folder = variant(wrapped, more=["--max-steps", 3])
     weights = torch.load(folder / "c" / "distilbert_agnews.pt")["model"]
     assert all(name.startswith("module.") for name in weights)
 
@@ -104,5 +105,5 @@ def test_7_the_wrapper_saved_has_another_name_for_every_weight(variant):
 def test_7_the_wrong_rank_saves_and_nobody_reports(variant):
     last = SCRIPT[SCRIPT.rindex("    if master_process:") :].splitlines()[1]
     wrong = ("    if master_process:\n" + last, "    if rank == 1:\n" + last)
-    (zero, _), _ = variant(wrong)
+    (zero, _), _ = variant(wrong, more=["--max-steps", 3])
     assert "test: loss" not in zero.stdout  # on a second host the model would be on its disk

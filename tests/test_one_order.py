@@ -11,6 +11,10 @@ from model import load_backbone
 STEPS = 20
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def flags(backbone, news, folder, *more):
     """10 epochs of 2 steps of 48 rows, in fp32."""
     common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--epochs", 10]
@@ -35,8 +39,20 @@ def one_process(calm_backbone, news_folder, tmp_path_factory):
     return rank
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2, 4])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "world_size, micro_batches",
+    [
+        (2, 1),
+        slow(2, 2),
+        (2, 4),
+        slow(3, 1),
+        (3, 2),
+        slow(3, 4),
+        (4, 1),
+        slow(4, 2),
+        slow(4, 4),
+    ],
+)
 def test_losses_and_gradients_equal_those_of_one_process(
     one_process, calm_backbone, news_folder, tmp_path, world_size, micro_batches
 ):
@@ -68,7 +84,7 @@ def test_the_gradient_is_that_of_transformers_own_model_on_the_whole_batch(
     assert relative_error(one_process.seen["grads"][0], expected) < 1e-6
 
 
-@pytest.mark.parametrize("world_size", [0, 3, 4])
+@pytest.mark.parametrize("world_size", [0, 3, slow(4)])
 def test_a_run_stopped_at_two_processes_resumes_at_another_number_of_them(
     one_process, calm_backbone, news_folder, tmp_path, world_size
 ):
@@ -82,7 +98,7 @@ def test_a_run_stopped_at_two_processes_resumes_at_another_number_of_them(
         assert [e[name] for e in mine] == pytest.approx([e[name] for e in straight], rel=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [0, 2, 3, 4])  # 0: train_single.py
+@pytest.mark.parametrize("world_size", [0, slow(2), 3, slow(4)])  # 0: train_single.py
 def test_a_resumed_run_is_bit_identical_with_dropout_on(
     tiny_backbone, news_folder, tmp_path, world_size
 ):

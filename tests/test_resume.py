@@ -160,8 +160,13 @@ def start(script, folder, backbone, news, out):
 # that run_ddp.sh passes each signal on is in test_launch.py
 @pytest.mark.parametrize(
     "script, name",
-    [("run_ddp.sh", "SIGTERM")]
-    + [("train_single.py", name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")],
+    [
+        ("run_ddp.sh", "SIGTERM"),
+        ("train_single.py", "SIGINT"),
+        ("train_single.py", "SIGHUP"),
+        pytest.param("train_single.py", "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("train_single.py", "SIGUSR1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(
     tiny_backbone, news_folder, tmp_path, script, name

@@ -64,7 +64,6 @@ def test_no_script_edits_sys_path_and_training_imports_nothing_from_the_other_fo
 @pytest.mark.parametrize(
     "cwd, command",
     [
-        (".", [sys.executable, "training/train_single.py"]),
         ("training", [sys.executable, "train_single.py"]),
         (".", ["torchrun", "--standalone", "--nproc-per-node", "2", "training/train_ddp.py"]),
         ("training", ["bash", "run_ddp.sh"]),

@@ -99,9 +99,8 @@ def test_two_hosts_end_with_the_bits_of_one_with_as_many_processes(
     assert all(torch.equal(two[name], one[name]) for name in one)
 
 
-@pytest.mark.parametrize(
-    "fault", ["partition", pytest.param("power cut", marks=pytest.mark.slow), "SIGTERM"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["partition", "power cut", "SIGTERM"])
 def test_both_hosts_end_together_and_the_same_command_resumes(
     network, tiny_backbone, news_folder, tmp_path, fault
 ):

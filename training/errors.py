@@ -41,7 +41,7 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         isinstance(error, dist.DistStoreError) or re.search("gloo|nccl|connection", text, re.I)
     ):
         return None, False
-    if "NCCL error" in text and "ncclRemoteError" not in text:  # remote: the other end has gone
+    if "NCCL error" in text and "ncclRemoteError" not in text:  # remote: the other process exited
         return f"NCCL failed ({text.strip().splitlines()[-1]}); {NCCL_REMEDY}", False
     cause = "another process exited"
     if "timed out" in text.lower() or "timeout" in text.lower():

@@ -79,5 +79,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted ranks meet in a new, em
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 signals=SIGINT,SIGTERM,SIGQUIT,SIGUSR1,SIGUSR2$([ -n "$(trap -p HUP)" ] || echo ,SIGHUP)
 export PET_SIGNALS_TO_HANDLE=$signals  # the environment's form of torchrun's --signals-to-handle
-exec "$python" "$here/torchrun.py" "${rendezvous[@]}" --nproc-per-node "$nproc" \
+block="env --block-signal=INT"  # Python's own start would answer Ctrl-C with a traceback
+$block true 2>/dev/null || block=env  # as on macOS
+trap - INT  # else one that comes while bash becomes Python is lost
+exec $block "$python" "$here/torchrun.py" "${rendezvous[@]}" --nproc-per-node "$nproc" \
   --max-restarts "$restarts" "$here/train_ddp.py" "$@"

@@ -8,6 +8,7 @@ try:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # run_ddp.sh blocked it
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 

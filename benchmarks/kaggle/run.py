@@ -100,7 +100,7 @@ def levers(flags: list, gpus: list, quick: bool) -> None:
     """What one GPU does, two with plain DDP, and two with each way to send less; as a record.
 
     The scripts themselves at the default global batch, about a minute each. The rate is the median
-    over the curve's points, without the first two, in which kernels are chosen and buckets settle.
+    over the curve's points, without the first two, in which kernels are chosen and buckets rebuilt.
     """
     steps, report = (4 if quick else 300), ROOT / "runs" / "lever.json"
     rows = []

@@ -264,15 +264,20 @@ async def going_down(master, port, requests) -> dict:
     await asyncio.sleep(1)
     t0 = time.perf_counter()
     master.terminate()
+    await asyncio.sleep(0.1)
+    try:
+        health = str((await Client(port).ask(HEALTH))[0])
+    except ConnectionRefusedError:
+        health = "refused"
     exit_status = await asyncio.to_thread(master.wait, 60)
     seconds = time.perf_counter() - t0
     await asyncio.gather(*tasks)
     before = [status for when, status in asked if when < t0]
     return {
-        "callers": len(tasks),
+        "clients": len(tasks),
         "asked": len(before),
         "answered": before.count(200),
-        "health_while_draining": "refused",
+        "health_while_draining": health,
         "exit_status": exit_status,
         "seconds": seconds,
     }
