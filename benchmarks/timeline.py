@@ -219,13 +219,17 @@ def draw() -> str | None:
 
 def draw_lane(axes, ranges: pd.DataFrame, y: float, scale: float) -> None:
     colours = {"communication": LIGHT, "exposed": ORANGE}
+    labelled = -scale  # up to where; all-reduces overlap where one waits for another
     for one in ranges.itertuples():
         style = {"color": colours.get(one.lane) or COLOURS.get(one.name, GREY)}
         if one.lane == "exposed" and one.ms > 0.004 * scale:
             style |= {"hatch": "////", "edgecolor": "white", "linewidth": 0}
         axes.barh(y, one.ms, left=one.start_ms, height=0.7, **style)
         label = f"{one.ms:,.0f}" if one.lane == "communication" else f"{one.name} {one.ms:,.0f}"
-        if one.lane != "exposed" and one.ms > 0.009 * scale * len(label):
+        width = scale * len(label) * (0.013 if one.lane == "communication" else 0.009)
+        left = one.start_ms + (one.ms - width) / 2
+        if one.lane != "exposed" and one.ms > width and left > labelled:
+            labelled = left + width
             place = {"ha": "center", "va": "center", "size": 7, "zorder": 5}
             box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0}
             if one.lane == "communication":
