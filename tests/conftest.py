@@ -1,5 +1,6 @@
 """What every test shares: a backbone, news rows, a way to run the scripts."""
 
+import shutil
 import subprocess
 import sys
 
@@ -35,11 +36,12 @@ def trained(tiny_backbone, news_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def exported(trained, news_folder):
-    """`trained` with its int8 files beside it, as export.py writes them."""
+def exported(trained, news_folder, tmp_path_factory):
+    """A copy of `trained` with the int8 files that export.py writes."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("exported") / "c")
     command = [sys.executable, ROOT / "inference" / "export.py", "--to", "int8"]
-    env = environment(CHECKPOINT_DIR=str(trained))
+    env = environment(CHECKPOINT_DIR=str(folder))
     del env["PYTHONPATH"]  # a user has none
     command = [*map(str, [*command, "--data", news_folder])]
     subprocess.run(command, cwd="/", env=env, check=True, timeout=280, umask=0o077)
-    return trained
+    return folder

@@ -18,7 +18,11 @@ import errors
         ("nan", "error: grad_norm is nan at step 3; use a lower --lr"),
         ("memory", "error: out of memory; use a smaller --micro-batch-size"),
         ("hang at start", "error: the first all-reduce did not end within 10 s; on GPUs try NCCL_"),
-        ("hang", "error: another rank did not reach a collective within 10 s: it hangs, or "),
+        pytest.param(
+            "hang",
+            "error: another rank did not reach a collective within 10 s: it hangs, or ",
+            marks=pytest.mark.slow,
+        ),
         ("killed", "error: rank 1 was killed by SIGKILL"),
     ],
 )
@@ -28,7 +32,6 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
     flags = ["--model", tiny_backbone, "--data", news_folder, "--global-batch-size", 8]
     flags += ["--checkpoint-dir", tmp_path / "c"]
     env = environment(FAULT=fault, TIMEOUT="10", GLOO_SOCKET_IFNAME="lo")
-    env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"  # that torchrun gives a rank which does not end
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, *map(str, [*launch, *script, *flags])],
@@ -39,7 +42,8 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
         timeout=120,
     )
     assert done.returncode not in (0, None)
-    assert time.monotonic() - began < 60  # the start, both time-outs, on a busy machine
+    # the start, the time-out, and the 30 s that torchrun gives a rank which does not end
+    assert time.monotonic() - began < 80
     assert last in done.stderr.strip().splitlines()[-1], done.stderr
     assert "another process exited" not in done.stderr
     assert done.stderr.count("error: ") <= 1
