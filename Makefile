@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	@echo "next: source .venv/bin/activate, and any command of the README"
 
 test: $(INSTALLED)-dev
-	pytest -n 3 --dist loadfile -m "not slow"
+	pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(INSTALLED)-dev
 	pytest -m slow
