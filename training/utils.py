@@ -23,7 +23,7 @@ class UsageError(Exception):
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BACKENDS = ("auto", "nccl", "gloo")
-LR_HELP = "peak (default: 3e-5 * sqrt(rows a step / 32); 1e-4 * ... for a backbone below 768 wide)"
+LR_HELP = "peak (default: 3e-5 * sqrt(rows a step / 32); 1.4e-4 * ... if narrower than 768)"
 # in a log file every refresh of the progress bar is a line
 BAR = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 20}
 TIMEOUT = timedelta(seconds=float(os.environ.get("TIMEOUT", 600)))  # of one collective
@@ -191,11 +191,11 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 def default_lr(dim: int, global_batch_size: int) -> float:
-    """3e-5 (a backbone narrower than 768: 1e-4) at 32 rows, times sqrt(rows / 32).
+    """3e-5 (a backbone narrower than 768: 1.4e-4) at 32 rows, times sqrt(rows / 32).
 
     The square root rule for Adam: https://arxiv.org/abs/2205.10287
     """
-    return (3e-5 if dim >= 768 else 1e-4) * math.sqrt(global_batch_size / 32)
+    return (3e-5 if dim >= 768 else 1.4e-4) * math.sqrt(global_batch_size / 32)
 
 
 def set_lr(optimizer, step: int, total_steps: int, peak: float, warmup: float) -> float:
