@@ -1,6 +1,6 @@
 """The checkpoint in other forms: int8 for the server, or a folder for transformers.
 
-python inference/export.py --to int8     static int8 for OpenVINO; accuracy falls by at most 0.3 points
+python inference/export.py --to int8     static int8 for OpenVINO, at most 0.3 points worse
 python inference/export.py --to hf       checkpoints/hf, for transformers.pipeline
 """
 
