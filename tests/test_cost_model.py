@@ -80,6 +80,14 @@ def test_a_gpu_from_published_figures(monkeypatch):
     assert step(world_size=2, accumulation=3) == pytest.approx(0.31 + 0.1)
 
 
+def test_the_efficiency_of_a_cluster_is_the_step_of_one_gpu_over_that_of_many(monkeypatch):
+    monkeypatch.setattr(cost_model, "LINKS", {"a link": (1e6, 4)})  # communication is everything
+    monkeypatch.setattr(cost_model, "CLUSTER_GPU", cost_model.Gpu(1e30, 5.0, 0, 0))
+    how, link, cells = cost_model.cluster()[0]
+    sent = 66_956_548 * 4 / 1e6  # seconds; a ring of n sends 2 (n - 1) / n of it
+    assert cells == pytest.approx([5 / (5 + sent), 5 / (5 + 1.5 * sent), *[None] * 4])
+
+
 def test_sparse_embeddings_send_the_touched_rows_alone():
     # a link so slow that nothing is hidden counts: bytes over bandwidth, and backward is instant
     gpu = cost_model.Gpu(rate=1e30, fixed=0, bandwidth=1e6, latency=0)

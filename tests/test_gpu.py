@@ -19,26 +19,9 @@ def train(folder, backbone, news, *flags, processes=0):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     script = ROOT / "training" / ("train_ddp.py" if processes else "train_single.py")
     report = folder / "report.json"
-    command = [
-        sys.executable,
-        *(launch if processes else []),
-        script,
-        "--model",
-        backbone,
-        "--data",
-        news,
-        "--checkpoint-dir",
-        folder,
-        "--report",
-        report,
-        "--lr",
-        "5e-3",
-        "--global-batch-size",
-        8,
-        "--max-eval-samples",
-        20,
-        *flags,
-    ]
+    common = f"--model {backbone} --data {news} --checkpoint-dir {folder} --report {report} "
+    common += "--lr 5e-3 --global-batch-size 8 --max-eval-samples 20"
+    command = [sys.executable, *(launch if processes else []), script, *common.split(), *flags]
     done = subprocess.run(
         [*map(str, command)],
         cwd=folder,

@@ -49,24 +49,10 @@ def unfinished(folder: Path, backbone: Path, news: Path) -> None:
     """A folder with last.pt and the save before it, as a run that was killed leaves it."""
     code = "import checkpoint; checkpoint.release_folder = lambda path: None; "
     code += "import train_single; train_single.main()"
-    flags = [
-        "--model",
-        backbone,
-        "--data",
-        news,
-        "--checkpoint-dir",
-        folder,
-        "--max-steps",
-        8,
-        "--save-every",
-        2,
-        "--epochs",
-        2,
-        "--global-batch-size",
-        8,
-    ]
+    flags = f"--model {backbone} --data {news} --checkpoint-dir {folder} --max-steps 8 "
+    flags += "--save-every 2 --epochs 2 --global-batch-size 8"
     subprocess.run(
-        [sys.executable, "-c", code, *map(str, flags)],
+        [sys.executable, "-c", code, *flags.split()],
         cwd=folder.parent,
         env=environment(),
         check=True,

@@ -48,25 +48,9 @@ class Run:
     def __init__(self, folder: Path, backbone: Path, news: Path):
         self.folder, self.mark = folder, folder.name
         folder.mkdir()
-        flags = [
-            "--model",
-            backbone,
-            "--data",
-            news,
-            "--checkpoint-dir",
-            folder / "c",
-            "--epochs",
-            30,
-            "--max-steps",
-            STEPS,
-            "--global-batch-size",
-            8,
-            "--save-every",
-            3,
-            "--max-eval-samples",
-            8,
-        ]
-        self.command = ["bash", str(ROOT / "training" / "run_ddp.sh"), *map(str, flags)]
+        flags = f"--model {backbone} --data {news} --checkpoint-dir {folder / 'c'} --epochs 30 "
+        flags += f"--max-steps {STEPS} --global-batch-size 8 --save-every 3 --max-eval-samples 8"
+        self.command = ["bash", str(ROOT / "training" / "run_ddp.sh"), *flags.split()]
         self.last = folder / "c" / "last.pt"
 
     def start(self) -> None:
