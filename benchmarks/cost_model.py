@@ -146,7 +146,8 @@ T4 = [
     Gpu(18e12, 13e-3, 4e9, 12e-6),
     Gpu(24e12, 8e-3, 8e9, 12e-6),
 ]
-# A cluster: a third of the 312 TFLOP/s that an A100 has in bf16, and links at their nominal rates.
+# A cluster: a third of the 312 TFLOP/s that an A100 has in bf16; Ethernet and InfiniBand at their
+# line rates, NVLink at two thirds of an A100's 300 GB/s a direction.
 # name: (bytes/s of a GPU's link, the largest number of GPUs that it joins)
 LINKS = {
     "NVLink, 200 GB/s": (200e9, 8),

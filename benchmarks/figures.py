@@ -58,6 +58,7 @@ class Speed:
         if "flags" not in self.rows:  # a quick round is without Trainer
             self.rows["flags"] = None
         self.cuda = record["device"] == "cuda"
+        self.commit = (record.get("git_commit") or "unknown")[:7]
         self.launches = list(self.rows.launch.dropna().unique())
         self.ddp = "2" in self.launches
         self.count = int(self.rows["round"].max()) + 1
@@ -89,6 +90,12 @@ class Speed:
 
     def flags(self, name: str) -> str:
         return self.script(name, "flags").iloc[0] if len(self.script(name)) else "{}"
+
+    def trainer_flags(self) -> str:
+        """What Trainer ran with in our precision."""
+        if len(self.grid()):
+            return "its best flags"
+        return "`group_by_length` and fused AdamW (not searched)"
 
     def grid(self) -> pd.DataFrame:
         """Every combination of Trainer's flags that was tried, the fastest first."""

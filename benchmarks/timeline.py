@@ -161,22 +161,21 @@ def main() -> None:
 
 
 def summary() -> dict | None:
-    """The record, and for each panel the milliseconds of rank 0's step and of its parts."""
+    """The record, and for each rank of each panel the milliseconds of its step and of its parts."""
     record = read("timeline")
     if record is None:
         return None
     rows, panels = pd.DataFrame(record["rows"]), []
-    for name, few in rows.groupby("panel", sort=False):
-        own = few[few["rank"] == 0]
+    for (name, rank), own in rows.groupby(["panel", "rank"], sort=False):
         compute = own[own.lane == "compute"].groupby("name").ms.sum()
-        gradients = own[own.name.str.contains(":")].groupby("lane").ms.sum()
-        panels.append(
-            {"name": name, "ranks": few["rank"].nunique()}
-            | {"step": own[own.lane == "step"].ms.sum()}
-            | {part: compute[part] for part in ("forward", "backward")}
-            | {"after": compute["clip"] + compute["optimizer"]}
-            | {"sent": gradients.get("communication", 0), "exposed": gradients.get("exposed", 0)}
-        )
+        panel = {"name": name, "rank": rank, "step": own[own.lane == "step"].ms.sum()}
+        panel |= {part: compute[part] for part in ("forward", "backward")}
+        panel["after"] = compute["clip"] + compute["optimizer"]
+        gradients = own[own.name.str.contains(":")]
+        for lane, bars in gradients.groupby("lane"):  # buckets overlap: time counts once
+            spans = union(list(zip(bars.start_ms, bars.start_ms + bars.ms, strict=True)), gap=0)
+            panel[lane] = sum(last - first for first, last in spans)
+        panels.append(panel)
     return record | {"panels": panels}
 
 

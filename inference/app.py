@@ -3,8 +3,9 @@
 uvicorn inference.app:app --port 7860
 curl localhost:7860/predict -H 'Content-Type: application/json' -d '{"text": "Shares rose"}'
 
-Environment: CHECKPOINT_DIR, ENGINE=auto|torch|int8, ALLOW_ORIGINS (CORS; "*" or a comma-separated
-list), PROMETHEUS_MULTIPROC_DIR (an empty folder, in which several workers share their /metrics).
+Environment: CHECKPOINT_DIR, ENGINE=auto|torch|int8, THREADS (of the model; default: the cores),
+ALLOW_ORIGINS (CORS; "*" or a comma-separated list), PROMETHEUS_MULTIPROC_DIR (an empty folder, in
+which several workers share their /metrics).
 uvicorn reads its own flags from there too: UVICORN_TIMEOUT_KEEP_ALIVE=30.
 """
 
@@ -188,7 +189,7 @@ service = Service()
 
 @contextlib.asynccontextmanager
 async def lifespan(app: FastAPIOffline):
-    """The server listens once the model is loaded, and closes it when all is answered."""
+    """Loads the model before the server listens; frees it after the last answer."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS allows less than the limit it states
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each connection

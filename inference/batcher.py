@@ -1,7 +1,7 @@
 """Requests that wait at the same time share a forward pass: dynamic batching for one model.
 
 While a batch runs in the model's own thread, new rows gather; the next batch forms the moment the
-model is free, so a single client never waits for others.
+model is free, so a lone request is never delayed to fill a batch.
 """
 
 import asyncio

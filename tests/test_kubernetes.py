@@ -35,7 +35,8 @@ REPLICAS = documents(PYTORCHJOB)["PyTorchJob"]["spec"]["pytorchReplicaSpecs"]
 @pytest.mark.parametrize("version", ["1.30", "1.33", "1.37"])
 def test_what_kubernetes_knows_fits_its_schemas(version):
     kubernetes = list(documents(SERVING).values())
-    kubernetes.append(documents(TRAINJOB)["PersistentVolumeClaim"])
+    for path in (TRAINJOB, PYTORCHJOB):
+        kubernetes.append(documents(path)["PersistentVolumeClaim"])
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}}
     kubernetes.append(job | {"spec": RUNTIME["template"]["spec"]})
     for replica in REPLICAS.values():
@@ -162,7 +163,7 @@ def test_a_pod_has_the_threads_of_its_limit():
     ):
         cores = resources["limits"]["cpu"]
         assert cores == resources["requests"]["cpu"]  # what is not requested can be throttled
-        assert cores == str(int(cores))  # a thread for each whole core; the rest would lie idle
+        assert cores == str(int(cores))  # a fraction is rounded up to one more thread
 
 
 def test_sigterm_ends_the_server_within_the_grace_period(pod):

@@ -120,10 +120,10 @@ def note_stop_signals() -> list[int]:
             first_at = time.monotonic()
             if not dist.is_initialized() or dist.get_rank() == 0:
                 name = signal.Signals(number).name
-                text = f"\n{name}: saving after this step (Ctrl-C again: end without saving)\n"
+                text = f"\n{name}: saving soon (Ctrl-C again: end without saving)\n"
                 os.write(1, text.encode())  # print() may itself have been interrupted
-        # torchrun passes a second Ctrl-C on as SIGTERM, and its death sends SIGINT. Within a second
-        # it is the same event: the kernel, and Slurm, can send it twice.
+        # torchrun passes a second Ctrl-C on as SIGTERM, and at its death the kernel sends SIGINT.
+        # Within a second it is the same event: the kernel, and Slurm, can send it twice.
         elif signal.SIGINT in (received[0], number) and time.monotonic() - first_at > 1:
             raise KeyboardInterrupt
 

@@ -40,7 +40,7 @@ CONFIG = Config(vocab_size=500, dim=64, n_layers=2, n_heads=4, hidden_dim=128)
 
 
 def make_rows(count: int) -> TokenizedExamples:
-    """Rows of 5 to 30 tokens; a row's label is that of the word family that half of them are of."""
+    """Rows of 5 to 30 tokens; half of them are words of the row's class, the others any."""
     rng = np.random.default_rng(0)
     lengths, labels = rng.integers(5, 31, count), rng.integers(0, 4, count)
     ids = rng.integers(0, 500, lengths.sum())

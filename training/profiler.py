@@ -2,9 +2,9 @@
 
 DIR/rank0.json and so on are in the format of https://ui.perfetto.dev, three steps after ten. Beside
 torch's own events they have two tracks of named ranges: "compute" (data, forward, backward, clip,
-optimizer) and "communication" (the all-reduce of each bucket; before them that of the metrics of
-the step before). On a GPU the compute ranges show when the CPU launched the work; the communication
-ranges are the kernels of NCCL.
+optimizer) and "communication" (the all-reduce of each bucket; at the start of a step that of the
+last step's metrics). On a GPU the compute ranges show when the CPU launched the work; the
+communication ranges are the kernels of NCCL.
 """
 
 import json

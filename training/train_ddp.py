@@ -2,7 +2,7 @@
 
 bash training/run_ddp.sh                                  # AG News, one process per GPU
 bash training/run_ddp.sh --data sample --model packaged --global-batch-size 16   # no network
-diff training/train_single.py training/train_ddp.py       # what DDP adds, and nothing else
+diff training/train_single.py training/train_ddp.py       # what DDP adds
 """
 
 import signal

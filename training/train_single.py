@@ -2,7 +2,7 @@
 
 python training/train_single.py                           # AG News, on the GPU if there is one
 python training/train_single.py --data sample --model packaged --global-batch-size 16   # no network
-diff training/train_single.py training/train_ddp.py       # what DDP adds, and nothing else
+diff training/train_single.py training/train_ddp.py       # what DDP adds
 """
 
 import signal
