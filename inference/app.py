@@ -35,12 +35,17 @@ from fastapi.responses import (
     Response,
 )
 from fastapi_offline import FastAPIOffline
+
+METRICS_FOLDER = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+if METRICS_FOLDER == "":  # prometheus_client would take the folder that this process is in
+    del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from inference.batcher import Batcher, QueueFull
-from inference.model_loader import CHECKPOINTS, Classifier, LoadError
+from inference.model_loader import CHECKPOINTS, Classifier, LoadError, workers
 
 PAGE = (Path(__file__).parent / "index.html").read_text(encoding="utf-8")
 # the Space's page shows the app in a frame, from another site: so no X-Frame-Options either
@@ -49,8 +54,8 @@ PAGE_POLICY = (
     "connect-src 'self'; form-action 'none'; base-uri 'none'; "
     "frame-ancestors 'self' https://huggingface.co https://*.hf.space"
 )
-METRICS_FOLDER = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-MAX_BODY_BYTES = {"/predict": 64 * 1024, "/predict/batch": 1024 * 1024}
+# 20,000 characters that JSON escapes as \ud83d\ude00 are 240,000 bytes
+MAX_BODY_BYTES = {"/predict": 256 * 1024, "/predict/batch": 1024 * 1024}
 MAX_BODY_SECONDS = 20  # from the end of the headers; uvicorn itself waits for ever
 MAX_UNREAD_BYTES = 64 * 1024 * 1024  # of all bodies that have arrived in part
 
@@ -62,10 +67,16 @@ def fail(error) -> NoReturn:
 
     Exit status 3 means "cannot start" to the masters of uvicorn and gunicorn, which then start no
     further worker. uvicorn's would itself end with status 0, as if all were well, so the first of
-    its workers ends it by a signal, and speaks for the others, who fail for the same reason.
+    its workers ends it by a signal, and speaks for the others, who fail for the same reason. A
+    worker that replaces one that died only ends itself, and is replaced in turn: the others serve.
     """
     master = multiprocessing.parent_process()  # uvicorn's, with --workers
-    first = multiprocessing.current_process().name.endswith("-1")
+    number = multiprocessing.current_process().name.rpartition("-")[2]
+    first = number == "1"
+    if master and int(number) > workers():
+        print(f"error: {error}; another worker is tried in 5 s", file=sys.stderr, flush=True)
+        time.sleep(5)
+        os._exit(1)
     if master and not first:
         master.join(2)
     if not master or master.is_alive():
@@ -147,8 +158,8 @@ class Service:
         async with self.lock:
             if self.batcher or self.draining:
                 return
-            folder = Path(os.environ.get("CHECKPOINT_DIR", CHECKPOINTS))
-            engine = os.environ.get("ENGINE", "auto")
+            folder = Path(os.environ.get("CHECKPOINT_DIR") or CHECKPOINTS)
+            engine = os.environ.get("ENGINE") or "auto"
             self.classifier = await asyncio.to_thread(Classifier, folder, engine)
             self.batcher = Batcher(
                 self.classifier.scores, on_batch=batch_rows.observe, on_admitted=admitted_rows.set
@@ -168,7 +179,7 @@ class Service:
         self.batcher = None
 
     async def predict(self, texts: list[str]) -> list[dict]:
-        classifier, unk = self.classifier, self.classifier.tokenizer.token_to_id("[UNK]")
+        classifier = self.classifier
         with self.batcher.admit(len(texts)):
             encoded = []
             if sum(map(len, texts)) < 2000:  # a fraction of a millisecond; a thread would cost more
@@ -178,10 +189,7 @@ class Service:
                 encoded += await asyncio.to_thread(list, map(classifier.encode, piece))
             truncated_texts.inc(sum(row.truncated for row in encoded))
             scores = await self.batcher.submit([row.ids for row in encoded])
-        return [  # between [CLS] and [SEP]
-            classifier.answer(row, row_scores) | {"out_of_vocabulary": set(row.ids[1:-1]) <= {unk}}
-            for row, row_scores in zip(encoded, scores, strict=True)
-        ]
+        return list(map(classifier.answer, encoded, scores))
 
 
 service = Service()
@@ -218,6 +226,7 @@ app = FastAPIOffline(
     docs_url=None,  # below: with paths that are right behind any prefix
     redoc_url=None,
     redirect_slashes=False,  # behind a proxy it would redirect to http
+    servers=[{"url": "."}],  # where /docs sends its requests: beside itself, behind any prefix
     responses={s: {"model": ErrorResponse} for s in (408, 413, 415, 422, 429, 503)},
 )
 
@@ -241,6 +250,7 @@ class LoadSheddingMiddleware:
         max_bytes = MAX_BODY_BYTES.get(path) if scope["method"] == "POST" else None
         if max_bytes and (refusal := self.refusal(scope, max_bytes)):
             requests.labels(path, refusal.status_code).inc()  # most of an overload ends here
+            await self.discard(scope, receive)
             return await refusal(scope, receive, send)
         t0, status = time.perf_counter(), 499  # nginx's "client closed request"
 
@@ -284,6 +294,7 @@ class LoadSheddingMiddleware:
         finally:
             self.unread_bytes -= len(body)
         if refusal:
+            await self.discard(scope, receive)
             return await refusal(scope, receive, send)
         messages = [{"type": "http.request", "body": bytes(body)}]
         hangup = asyncio.create_task(receive())  # after the body nothing else can come
@@ -301,6 +312,20 @@ class LoadSheddingMiddleware:
         if not handler.cancelled():
             handler.result()  # raises what it raised
 
+    async def discard(self, scope, receive) -> None:
+        """Reads what a client sends that closes the connection after it, such as nginx: if bytes
+        of it are left, the kernel resets the connection, and the refusal with it."""
+        connection = dict(scope["headers"]).get(b"connection", b"").lower()
+        if connection != b"close" and (scope.get("http_version") != "1.0" or connection):
+            return
+        read, more = 0, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                while more and read < 4 * 1024 * 1024:
+                    message = await receive()
+                    read += len(message.get("body", b""))
+                    more = message.get("more_body", False)
+
     def refusal(self, scope, max_bytes: int, read: int = 0) -> Response | None:
         if service.batcher and not service.batcher.has_capacity():
             return queue_full_response(service.batcher.retry_after())
@@ -317,8 +342,10 @@ class LoadSheddingMiddleware:
 
 app.add_middleware(LoadSheddingMiddleware)
 # added last, so it sees the answers of the other one
-if origins := os.environ.get("ALLOW_ORIGINS", "").replace(",", " ").split():
-    if wrong := [one for one in origins if not re.fullmatch(r"\*|https?://[^/*]+", one)]:
+if origins := os.environ.get("ALLOW_ORIGINS", "").lower().replace(",", " ").split():
+    host = r"([a-z0-9.-]+|\[[0-9a-f:]+\])"  # browsers send neither a path nor the default port
+    origin = rf"\*|http://{host}(?!:80$)(:\d+)?|https://{host}(?!:443$)(:\d+)?"
+    if wrong := [one for one in origins if not re.fullmatch(origin, one)]:
         fail(f"ALLOW_ORIGINS: expected * or origins such as https://example.org, not {wrong[0]}")
     cors = {"allow_methods": ["GET", "POST"], "allow_headers": ["Content-Type"]}
     app.add_middleware(
@@ -391,8 +418,13 @@ async def metrics():
     if not METRICS_FOLDER:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
     registry = CollectorRegistry()  # of all workers
-    multiprocess.MultiProcessCollector(registry)
-    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+    try:
+        multiprocess.MultiProcessCollector(registry)
+        text = generate_latest(registry)
+    except Exception:  # the folder was removed, or a file in it was cut short
+        logger.exception("PROMETHEUS_MULTIPROC_DIR=%s cannot be read", METRICS_FOLDER)
+        raise HTTPException(503, "the metrics cannot be read; the log says why") from None
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 @app.head("/", include_in_schema=False)

@@ -21,7 +21,8 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # by path, imports are looked for beside this file
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    os.execv(sys.executable, [sys.executable, "-m", "inference.deploy_space", *sys.argv[1:]])
+    # -P: another project's `inference` in the current folder would come first
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "inference.deploy_space", *sys.argv[1:]])
 
 from huggingface_hub import HfApi, SpaceCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -57,7 +58,7 @@ def space_card(metadata: dict) -> str:
     terms = (
         "480 items written for DistriNews, so its accuracy is not an AG News figure"
         if sample
-        else f"AG News, for research and other [non-commercial use]({AG_NEWS_TERMS})"
+        else f"AG News is for research and other [non-commercial use]({AG_NEWS_TERMS})"
     )
     return f"""---
 {card.to_yaml()}

@@ -20,7 +20,8 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # by path, imports are looked for beside this file
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    os.execv(sys.executable, [sys.executable, "-m", "inference.export", *sys.argv[1:]])
+    # -P: another project's `inference` in the current folder would come first
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "inference.export", *sys.argv[1:]])
 
 import numpy as np
 import torch
@@ -42,7 +43,13 @@ from inference.model_loader import (
     torch_engine,
 )
 from training.checkpoint import load_checkpoint
-from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data
+from training.dataset import (
+    DataError,
+    TokenizedExamples,
+    eval_loader,
+    prepare_data,
+    read_source,
+)
 from training.model import Config, NewsClassifier
 
 MAX_ACCURACY_DROP = 0.003
@@ -127,6 +134,12 @@ def to_int8(folder: Path, choice: str | None) -> None:
     model, state = load(folder)
     if choice is None:
         choice = "sample" if state["provenance"]["data"] == "sample" else "auto"
+    *_, source, why = read_source(choice)
+    if (choice, source) == ("auto", "sample"):
+        raise LoadError(
+            f"the model was trained on {state['provenance']['data']}, which was not found "
+            f"({why}); name its folder with --data"
+        )
     data = prepare_data(choice, folder / "tokenizer", exact.max_length, None, None)
     rows = calibration_rows(data.train)
     print(f"quantizing with {len(rows)} training rows of {data.source}", flush=True)
@@ -217,6 +230,8 @@ def to_hf(folder: Path) -> None:
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
     torch_engine(folder)
+    if not (folder / TOKENIZER).exists():
+        raise LoadError(f"no tokenizer at {folder / TOKENIZER}; train again")
     model, state = load(folder)
     shape = asdict(model.config)
     if (eps := shape.pop("layer_norm_eps")) != 1e-12:
@@ -259,6 +274,8 @@ def main() -> None:
         "sample for a model of the sample, else auto)",
     )
     args = parser.parse_args()
+    if args.data and args.to == "hf":
+        parser.error("--data goes with --to int8")
     logging.disable(logging.WARNING)  # the libraries' hints are for those who write an exporter
     if args.to == "int8":
         to_int8(args.checkpoint_dir, args.data)
@@ -274,4 +291,6 @@ if __name__ == "__main__":
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -r requirements.txt")
     except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else error)
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; nothing was written")

@@ -10,12 +10,17 @@ import argparse
 import hashlib
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import ACCESS_COPY, MADV_DONTNEED, mmap
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -64,8 +69,11 @@ class Encoded:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_count(name: str) -> int | None:
@@ -79,16 +87,20 @@ def read_count(name: str) -> int | None:
 
 
 def workers() -> int:
-    """Server processes that share the cores: --workers of uvicorn or gunicorn, or WEB_CONCURRENCY.
+    """Server processes that share the cores: --workers of uvicorn or gunicorn, or what they read
+    from the environment instead.
 
     Neither server tells its workers how many they are, but they all see its command line.
     """
-    count = None
-    if any(name in sys.argv[0] for name in ("uvicorn", "gunicorn")):
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        parser.add_argument("-w", "--workers")
-        count = parser.parse_known_args()[0].workers
-    return int(count) if count and count.isdigit() else read_count("WEB_CONCURRENCY") or 1
+    arguments, names = [], ("WEB_CONCURRENCY",)
+    if "gunicorn" in sys.argv[0]:
+        arguments = shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")) + sys.argv[1:]
+    elif "uvicorn" in sys.argv[0]:
+        arguments, names = sys.argv[1:], ("UVICORN_WORKERS", "WEB_CONCURRENCY")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-w", "--workers", type=int)
+    count = parser.parse_known_args(arguments)[0].workers
+    return count or next(filter(None, map(read_count, names)), 1)
 
 
 def threads() -> int:
@@ -166,9 +178,9 @@ def read_metadata(folder: Path) -> dict:
     for key, name in HASHES.items():
         try:
             found = sha256(folder / name)
-        except OSError as error:
+        except LoadError as error:
             kind = NoInt8Error if name in INT8_FILES else LoadError
-            raise kind(f"cannot read {folder / name}: {error.strerror}; {again}") from None
+            raise kind(f"{error}; {again}") from None
         if found != metadata[key]:
             raise LoadError(
                 f"{folder / name} is corrupted or not the one of {INT8_METADATA}; {again}"
@@ -189,6 +201,19 @@ def import_openvino():
     return openvino
 
 
+def private_copy(path: Path) -> BinaryIO:
+    """A copy without a name, open: the model is read from it while it is served, and `cp` over the
+    file would change it, or end the server."""
+    try:
+        copy = tempfile.TemporaryFile(dir=path.parent)
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, copy, 2**20)
+        copy.flush()
+    except OSError:  # a folder that cannot be written, so nobody writes to the file either
+        return open(path, "rb")
+    return copy
+
+
 def int8_engine(folder: Path) -> Engine:
     """The int8 model that export.py made of the checkpoint, on the CPU."""
     openvino, metadata = import_openvino(), read_metadata(folder)
@@ -204,7 +229,7 @@ def int8_engine(folder: Path) -> Engine:
     }
     core, lock = openvino.Core(), Lock()
     try:
-        with open(folder / INT8_BIN, "rb") as file:
+        with private_copy(folder / INT8_BIN) as file:
             weights = mmap(file.fileno(), 0, access=ACCESS_COPY)
         tensor = openvino.Tensor(np.frombuffer(weights, np.uint8), shared_memory=True)
         model = core.read_model((folder / INT8_XML).read_bytes(), tensor)
@@ -233,9 +258,11 @@ def load_engine(folder: Path, choice: str) -> Engine:
         return torch_engine(folder)
     try:
         return int8_engine(folder)
-    except NoInt8Error:
+    except NoInt8Error as error:
         if choice == "int8":
             raise
+        if (folder / INT8_METADATA).exists():
+            print(f"warning: {error}; serving with torch", file=sys.stderr, flush=True)
         return torch_engine(folder)
 
 
@@ -258,6 +285,9 @@ class Classifier:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()  # done below, where it is seen whether it happened
         self.end = self.tokenizer.encode("").ids[-1]  # [SEP]
+        vocabulary = self.tokenizer.get_vocab().items()
+        self.not_words = {i for token, i in vocabulary if not re.search(r"[^\W_]", token)}
+        self.not_words.add(self.tokenizer.token_to_id("[UNK]"))
         self.scores([self.encode("warm up").ids])
 
     def encode(self, text: str) -> Encoded:
@@ -285,17 +315,18 @@ class Classifier:
             "confidence": float(scores[best]),
             "scores": dict(zip(self.labels, map(float, scores), strict=True)),
             "truncated": encoded.truncated,
+            "out_of_vocabulary": self.not_words.issuperset(encoded.ids[1:-1]),
         }
 
     def predict(self, texts: list[str]) -> list[dict]:
-        """One batch, without a server: {label, confidence, scores, truncated} for each text."""
+        """One batch, without a server: what POST /predict answers, for each text."""
         encoded = [self.encode(text) for text in texts]
         scores = self.scores([row.ids for row in encoded])
         return [self.answer(*pair) for pair in zip(encoded, scores, strict=True)]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if not all(map(str.strip, sys.argv[1:] or [""])):
         sys.exit('error: no text; python -m inference.model_loader "Shares rose"')
     try:
         print(json.dumps(Classifier().predict(sys.argv[1:])))

@@ -5,13 +5,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ${PORT:=0} =~ ^[0-9]{1,5}$ ]] && ((10#$PORT < 65536)) ||
   { echo "error: PORT=$PORT: expected a number from 1 to 65535" >&2; exit 1; }
+command -v curl >/dev/null || { echo "error: curl is needed" >&2; exit 1; }
 free='import socket, sys
 with socket.socket() as probe:
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     probe.bind(("127.0.0.1", int(sys.argv[1], 10)))
     print(probe.getsockname()[1])'
 port=$(python -c "$free" "$PORT" 2>/dev/null) ||
-  { port=$(python -c "$free" 0); echo "port $PORT is taken; using $port"; }
+  { port=$(python -c "$free" 0); echo "port $PORT cannot be used; using $port"; }
 url=http://127.0.0.1:$port
 python -m uvicorn inference.app:app --port "$port" --http h11 --log-level warning &
 server=$!

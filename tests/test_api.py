@@ -5,11 +5,14 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from http.client import HTTPConnection
+from pathlib import Path
 
 import httpx
 import pytest
@@ -29,7 +32,7 @@ BATCH = {"texts": ["bank " * 3000] * 64}  # 0.9 MiB
 
 @pytest.fixture(scope="module")
 def url(trained):
-    with server(trained, ENGINE="torch", ALLOW_ORIGINS="https://a.example, https://b.example") as u:
+    with server(trained, ENGINE="torch", ALLOW_ORIGINS="https://A.example, https://b.example") as u:
         yield u
 
 
@@ -95,7 +98,13 @@ def test_truncated_is_true_exactly_when_tokens_were_dropped(http):
 
 
 @pytest.mark.parametrize(
-    "text, unknown", [("a" * 20_000, True), ("xyzzy \u4efb\U0001f3c6", True), ("xyzzy bank", False)]
+    "text, unknown",
+    [
+        ("a" * 20_000, True),
+        ("a" * 200 + ", " + "b" * 200 + ".", True),  # punctuation is no word
+        ("xyzzy \u4efb\U0001f3c6", True),
+        ("xyzzy bank", False),
+    ],
 )
 def test_a_text_without_a_known_word_is_marked(http, text, unknown):
     answer = http.post("/predict", json={"text": text}).json()
@@ -176,7 +185,7 @@ def test_the_app_works_when_another_one_mounts_it(trained, monkeypatch):
         async with httpx.AsyncClient(transport=transport, base_url="http://x/news") as client:
             answers = [
                 await client.post("/predict", json={"text": "x" * size})
-                for size in (9, 30_000, 70_000)
+                for size in (9, 30_000, 300_000)
             ]
             health, metrics = await client.get("/health"), await client.get("/metrics")
         inference.app.service.stop()
@@ -211,8 +220,8 @@ MARK = "zqxjkvbp"  # in what is sent; never in an answer
         ("/predict", b'{"text": null}', 422, "text: Input should be a valid string"),
         ("/predict", b'{"text": "\\ud800' + MARK.encode() + b'"}', 422, "text: "),
         ("/predict", b'{"text": "' + MARK.encode() * 2501 + b'"}', 422, "at most 20000"),
-        ("/predict", b'{"text": "' + b"x" * 66_000 + b'"}', 413, "body: over 64 KiB"),
-        ("/predict", b'{"text": "' + b"x" * 1_000_000 + b'"}', 413, "body: over 64 KiB"),
+        ("/predict", b'{"text": "' + b"x" * 263_000 + b'"}', 413, "body: over 256 KiB"),
+        ("/predict", b'{"text": "' + b"x" * 1_000_000 + b'"}', 413, "body: over 256 KiB"),
         ("/predict", MARK.encode(), 422, "body: JSON decode error"),
         ("/predict", b"", 422, "body: Field required"),
         ("/predict", b"\xff\xfe\x00" + MARK.encode(), 422, "body: "),
@@ -247,6 +256,22 @@ def test_a_compressed_body_is_refused_as_such(http):
     body = gzip.compress(b'{"text": "bank"}')
     answer = http.post("/predict", content=body, headers=JSON | {"Content-Encoding": "gzip"})
     assert answer.status_code == 415 and "Content-Encoding" in answer.json()["detail"]
+
+
+def test_the_longest_text_fits_however_it_is_escaped(http):
+    body = json.dumps({"text": "goal " + "\U0001f3c6" * 19_995})
+    assert len(body) > 200_000
+    assert http.post("/predict", content=body, headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize("version, headers", [("1.0", {}), ("1.1", {"Connection": "close"})])
+def test_a_client_that_closes_after_its_request_gets_the_refusal(url, version, headers):
+    host, port = url.removeprefix("http://").split(":")
+    for _ in range(5):  # nginx is such a client; of 413s on 3 MiB none arrived
+        wire = HTTPConnection(host, int(port), timeout=10)
+        wire._http_vsn_str = f"HTTP/{version}"
+        wire.request("POST", "/predict", b" " * 3_000_000, JSON | headers)
+        assert wire.getresponse().status == 413
 
 
 def test_control_characters_and_emoji_beside_words_are_text(http):
@@ -406,6 +431,34 @@ def test_workers_share_their_metrics(trained, tmp_path):
         for _ in range(8):  # of one worker or the other: each connection is a new one
             with httpx.Client(base_url=url) as client:
                 assert metric(client, 'requests_total{route="/predict",status="200"}') == 20
+        (tmp_path / "metrics" / "counter_99999.db").touch()  # a worker killed while it made this
+        answer = httpx.get(f"{url}/metrics")
+        assert answer.status_code == 503 and "cannot be read" in answer.json()["detail"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_be_replaced_leaves_the_others_at_work(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "c")
+    command = [*UVICORN, "--workers", "2"]
+    with process(folder, command=command, ENGINE="torch") as (url, master):
+        while (folder / "server.log").read_text().count("startup complete") < 2:
+            time.sleep(0.1)
+        children = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
+        workers = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        folder.rename(tmp_path / "away")
+        os.kill(int(workers[0]), signal.SIGKILL)
+        for _ in range(10):
+            assert httpx.post(f"{url}/predict", json={"text": "bank"}).status_code == 200
+            time.sleep(1)
+        assert master.poll() is None
+        (tmp_path / "away").rename(folder)
+
+
+def test_empty_settings_are_no_settings(trained, tmp_path):
+    names = ("ENGINE", "PROMETHEUS_MULTIPROC_DIR", "ALLOW_ORIGINS", "THREADS", "SOURCE_URL")
+    with server(trained, **dict.fromkeys(names, "")) as url:
+        assert httpx.get(f"{url}/metrics").status_code == 200
+    assert not list(ROOT.glob("*.db"))
 
 
 @pytest.mark.parametrize(
@@ -415,6 +468,8 @@ def test_workers_share_their_metrics(trained, tmp_path):
         (2, "CHECKPOINT_DIR", "/nowhere", "make demo"),
         (1, "ENGINE", "tpu", "expected auto, torch, int8"),
         (2, "ALLOW_ORIGINS", "example.org", "such as https://example.org, not example.org"),
+        (1, "ALLOW_ORIGINS", "https://a.example:443", "not https://a.example:443"),
+        (1, "ALLOW_ORIGINS", "https://a.example?x", "not https://a.example?x"),
         (1, "PROMETHEUS_MULTIPROC_DIR", "/dev/null", "PROMETHEUS_MULTIPROC_DIR=/dev/null"),
     ],
 )

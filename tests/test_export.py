@@ -275,6 +275,43 @@ def test_text_files_are_utf_8_in_every_locale(exported):
     assert len(answers) == 1 and "Business" in answers.pop()
 
 
+def test_int8_is_not_judged_by_the_sample_unless_told_so(copy, tmp_path):
+    command = [str(ROOT / "inference" / "export.py"), "--to", "int8", "--checkpoint-dir", str(copy)]
+    done = run(command, tmp_path, HF_HUB_OFFLINE="1", AG_NEWS_DIR="")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "trained on folder news" in done.stderr and "--data" in done.stderr
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_a_running_model_does_not_change_with_its_file(copy, size):
+    classifier = Classifier(copy, "int8")
+    texts = [f"bank {word}" for words in WORDS.values() for word in words.split()]
+    before = classifier.predict(texts[:1])
+    with open(copy / INT8_BIN, "r+b") as file:  # as cp does: the same file, other bytes
+        zeros = bytes((copy / INT8_BIN).stat().st_size)
+        file.truncate(0)
+        file.write(zeros if size is None else b"")
+    assert classifier.predict(texts)[0]["label"] == before[0]["label"]
+    assert classifier.predict(texts[:1]) == before
+
+
+def test_an_unreadable_checkpoint_is_one_line(copy, monkeypatch):
+    def refuse(path, *args):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(model_loader, "open", refuse, raising=False)
+    with pytest.raises(LoadError, match="cannot read .*Permission denied"):
+        Classifier(copy, "auto")
+
+
+def test_a_script_started_by_path_runs_its_own_checkout(tmp_path):
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference" / "export.py").write_text("raise SystemExit('another project')")
+    for script in ("export.py", "deploy_space.py"):
+        done = run([str(ROOT / "inference" / script), "--help"], tmp_path)
+        assert done.returncode == 0 and "usage: " + script in done.stdout
+
+
 def test_without_a_checkpoint_export_is_one_line(tmp_path):
     for to in ("int8", "hf"):
         command = [str(ROOT / "inference" / "export.py"), "--to", to]
@@ -292,13 +329,16 @@ def test_without_a_checkpoint_export_is_one_line(tmp_path):
         (["gunicorn", "-k", "uvicorn_worker.UvicornWorker", "-w", "2", "a:b"], {}, 4),
         (["gunicorn", "-w16", "a:b"], {}, 1),
         (["uvicorn", "inference.app:app"], {"WEB_CONCURRENCY": "4"}, 2),
+        (["uvicorn", "a:b"], {"UVICORN_WORKERS": "2", "WEB_CONCURRENCY": "4"}, 4),
+        (["gunicorn", "a:b"], {"GUNICORN_CMD_ARGS": "--timeout 9 -w 2"}, 4),
+        (["gunicorn", "-w", "4", "a:b"], {"GUNICORN_CMD_ARGS": "-w 2"}, 2),
         (["uvicorn", "inference.app:app", "--workers", "2"], {"OMP_NUM_THREADS": "3"}, 3),
         (["uvicorn"], {"THREADS": "5", "OMP_NUM_THREADS": "3"}, 5),
         (["pytest", "-w", "2"], {}, 8),
     ],
 )
 def test_threads_are_as_set_or_a_workers_share_of_the_cores(monkeypatch, argv, settings, expected):
-    for name in ("THREADS", "OMP_NUM_THREADS", "WEB_CONCURRENCY"):
+    for name in ("THREADS", "OMP_NUM_THREADS", "WEB_CONCURRENCY", "UVICORN_WORKERS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)

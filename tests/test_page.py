@@ -237,13 +237,17 @@ def test_what_cannot_be_answered_is_said_in_words(server, page):
         ("", "The box holds no word yet"),
         (" \n\u200b ?", "The box holds no word yet"),
         ("a" * 20_001, "at most 20000 characters"),
-        ("a" * 70_000, "(413)"),
+        ("a" * 300_000, "(413)"),
     ):
         page.ask(text)
         page.says("#answer", says)
         assert not page.all("#scores")
     page.ask("xyzzy")
     page.says("#answer", "knows no word of this text")
+    page.ask("bank " * 31 + "bank\U0001f600 " + "shares " * 800)  # an emoji at the cut
+    page.says("blockquote", "bank…")
+    page.one("#answer .row button").click()
+    page.says("#why", "Only the first 64 words were tried")
     page.ask(ATTACK)
     page.says("blockquote", ATTACK)
     assert not page.all("#bold, img") and page.driver.execute_script("return window.hit") is None
@@ -267,7 +271,7 @@ def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, page):
     }
     assert "only its beginning counted" in page.one("#answer").text
     page.one("#answer .row button").click()
-    page.says("#why", "single word")
+    page.says("#why", "no two words")
     assert not page.all("#bold, img") and page.driver.execute_script("return window.hit") is None
 
 
