@@ -8,11 +8,9 @@ then asks again. Every round runs every server. The record, one flat row a measu
 runs/, with --record to benchmarks/results/.
 """
 
-import argparse
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -22,23 +20,35 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+import timeit
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import httpx
+import numpy as np
+import pandas as pd
 import psutil
 import torch
+from tqdm import tqdm
 
+from benchmarks.bench_training import make_backbone
+from benchmarks.figures import ROOT, write_record
 from inference import export
-from inference.model_loader import CHECKPOINT, INT8_XML, TOKENIZER, Classifier, sha256, threads
-from inference.model_loader import torch_engine as load_torch_engine
-from training import checkpoint, machine
-from training.dataset import LABELS, SAMPLE, load_tokenizer, read_folder
-from training.model import Config, NewsClassifier, packaged_backbone
+from inference.model_loader import (
+    CHECKPOINT,
+    INT8_XML,
+    Classifier,
+    load_model,
+    threads,
+    torch_engine,
+)
+from training import machine
+from training.dataset import SAMPLE, read_folder
+from training.model import Config
 
-ROOT = Path(__file__).parent.parent
 RECORD = "inference_speed.json"
 CLIENTS = (1, 8, 32)
 OVERLOAD = 10  # times the best rate of successful responses
@@ -53,61 +63,35 @@ class BenchError(Exception):
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Base's shape with random weights in every form that a server here takes.
+    """Base's shape, after one step from random weights, in every form that a server here takes.
 
-    int8 is not compared: random weights have no accuracy to lose.
+    int8 is not compared: such weights have no accuracy to lose.
     """
-    torch.manual_seed(0)
-    model = NewsClassifier(Config()).eval()
-    metrics = dict.fromkeys(("test_accuracy", "val_accuracy", "test_samples"), 0)
-    keys = "lr warmup global_batch_size total_steps world_size precision seed host train_samples"
-    origin = dict.fromkeys(keys.split(), 0) | {"data": "none", "model": "random weights"}
-    load_tokenizer(packaged_backbone()).save_pretrained(folder / "tokenizer")
-    state = {
-        "model": model.state_dict(),
-        "config": asdict(model.config),
-        "labels": list(LABELS),
-        "max_length": 128,
-        "metrics": metrics,
-        "provenance": origin,
-        "tokenizer_sha256": sha256(folder / TOKENIZER),
-    }
-    checkpoint.save_checkpoint(state, folder / CHECKPOINT)
+    flags = ["--model", make_backbone(folder / "backbone"), "--data", "sample", "--max-steps", 1]
+    flags += ["--global-batch-size", 8, "--max-eval-samples", 8, "--checkpoint-dir", folder]
+    command = [sys.executable, ROOT / "training" / "train_single.py", *flags]
+    subprocess.run([*map(str, command)], cwd=folder, check=True)
     export.to_hf(folder)
     rows = [torch.randint(1000, 30000, (1, 52)).numpy() for _ in range(8)]
-    export.write_int8(model, rows, folder / INT8_XML)
-    export.write_metadata(folder, folder / CHECKPOINT, load_torch_engine(folder))
+    export.write_int8(load_model(folder)[0], rows, folder / INT8_XML)
+    export.write_metadata(folder, folder / CHECKPOINT, torch_engine(folder))
 
 
 def infinity_python(quick: bool) -> tuple[Path | None, str]:
     """(its interpreter, "") or (None, why not). Its pins conflict with ours: it gets a venv."""
     venv = ROOT / "runs" / "infinity"
-    python = venv / "bin" / "python"
-    if (venv / "installed").exists():
-        return python, ""
-    if quick:
-        return None, "not installed, and --quick installs nothing"
-    print(f"installing infinity-emb {INFINITY} into {venv}", flush=True)
-    wanted = [
-        f"infinity-emb[server,torch]=={INFINITY}",
-        f"torch=={version('torch').partition('+')[0]}",
-    ]
-    wanted += ["transformers<4.49", "optimum<2"]  # its BetterTransformer is gone from later ones
-    log = []
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", venv],
-        [python, "-m", "pip", "install", "-q", *wanted],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        log += (done.stderr + done.stdout).strip().splitlines()
-        if done.returncode:
-            return None, f"pip could not install it: {log[-1] if log else done.returncode}"
-    (venv / "installed").touch()
-    return python, ""
-
-
-def percentile(values: list[float], p: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(p * len(values)))]
+    if not (venv / "installed").exists():
+        if quick:
+            return None, "not installed, and --quick installs nothing"
+        # its BetterTransformer is gone from later ones of transformers and optimum
+        wanted = f"infinity-emb[server,torch]=={INFINITY} transformers<4.49 optimum<2".split()
+        wanted.append(f"torch=={version('torch').partition('+')[0]}")
+        pip = [venv / "bin" / "pip", "install", *wanted]
+        for command in ([sys.executable, "-m", "venv", "--clear", venv], pip):
+            if subprocess.run([*map(str, command)]).returncode:
+                return None, f"{shlex.join(map(str, command))} failed"
+        (venv / "installed").touch()
+    return venv / "bin" / "python", ""
 
 
 class Server:
@@ -174,31 +158,13 @@ class Server:
         others = sum(child.memory_full_info().uss for child in main.children(recursive=True))
         return (main.memory_info().rss + others) / 2**20
 
-    def cpu_seconds(self) -> tuple[float, float]:
-        """So far: of the thread that speaks HTTP, and of the model's threads and all others.
-
-        Only of our servers, which are one process with HTTP in its main thread.
-        """
-        spent = {
-            t.id: t.user_time + t.system_time for t in psutil.Process(self.process.pid).threads()
-        }
-        http = spent.pop(self.process.pid)  # the main thread has the process's number
-        return http, sum(spent.values())
-
     def wrk(self, clients: int, seconds: float, *script: float) -> dict:
-        """Figures of wrk.lua, and the cores that each side was busy on: clients share them."""
+        """Figures of wrk.lua."""
         command = ["wrk", "--threads", 1, "--connections", clients, "--timeout", "60s"]
         command += ["--duration", f"{seconds:g}s", "--script", ROOT / "benchmarks" / "wrk.lua"]
         command += [self.url, "--", self.bodies, *script]
-        t0, spent, own = time.perf_counter(), self.cpu_seconds(), children_seconds()
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-        wall = time.perf_counter() - t0
-        figures = json.loads(done.stdout.strip().splitlines()[-1])
-        http, model = ((b - a) / wall for a, b in zip(spent, self.cpu_seconds(), strict=True))
-        figures["cores_clients"] = (children_seconds() - own) / wall
-        if self.name in OURS:
-            figures |= {"cores_http": http, "cores_model": model}
-        return figures
+        return json.loads(done.stdout.strip().splitlines()[-1])
 
     def closed_loop(self, clients: int, seconds: float) -> dict:
         """`clients` that each ask as soon as they have their answer."""
@@ -234,8 +200,8 @@ class Server:
             "answered_per_second": sum(statuses.values()) / seconds,
             "ok_per_second": statuses.get("200", 0) / seconds,
             "statuses": statuses,
-            "health_p99_ms": 1e3 * percentile(health, 0.99),
-        } | {key: value for key, value in figures.items() if key.startswith("cores")}
+            "health_p99_ms": 1e3 * np.percentile(health, 99),
+        }
 
     def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -257,78 +223,35 @@ def instructions() -> str:
     return " ".join(sorted(flags & {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}))
 
 
-def children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def without_http(classifier: Classifier, texts: list[str]) -> float:
-    """The p50 in ms of the same work in this process: tokenise, one forward pass, an answer."""
-    times = []
-    for text in texts[:200]:
-        t0 = time.perf_counter()
-        classifier.predict([text])
-        times.append(time.perf_counter() - t0)
-    return 1e3 * percentile(times, 0.5)
-
-
-def best_seconds(run, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        t0 = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - t0)
-    return min(times)
+def fastest(run: Callable, repeats: int) -> float:
+    return min(timeit.repeat(run, number=1, repeat=repeats))
 
 
 def matmul_share(classifier: Classifier, repeats: int, rows=16, tokens=52) -> dict:
     """The time that torch._int_mm needs for a batch's products with weights, and its part of the
     time that the int8 engine needs for the whole batch."""
-    config, full = Config(), rows * tokens
-    dim, hidden = config.dim, config.hidden_dim
-    # (rows, inputs, outputs) -> how often; the last layer computes the first token alone
-    lower = config.n_layers - 1
-    shapes = {(full, dim, dim): 4 * lower + 2, (rows, dim, dim): 2}
-    for m, count in ((full, lower), (rows, 1)):
-        shapes |= {(m, dim, hidden): count, (m, hidden, dim): count}
+    dim, hidden, layers = Config().dim, Config().hidden_dim, Config().n_layers - 1
+    m = rows * tokens  # of all layers but the last, which computes the first token alone
+    shapes = {(m, dim, dim): 4 * layers, (m, dim, hidden): layers, (m, hidden, dim): layers}
     torch.set_num_threads(threads())
     seconds = 0.0
     for (m, k, n), count in shapes.items():
         a, b = (torch.randint(-127, 127, shape, dtype=torch.int8) for shape in ((m, k), (k, n)))
-        seconds += count * best_seconds(lambda a=a, b=b: torch._int_mm(a, b), repeats)
-    operations = sum(2 * m * k * n * count for (m, k, n), count in shapes.items())
+        seconds += count * fastest(lambda a=a, b=b: torch._int_mm(a, b), repeats)
     batch = [[1] * tokens] * rows
-    engine = best_seconds(lambda: classifier.scores(batch), repeats)
-    return {
-        "batch": f"{rows} x {tokens} tokens",
-        "int_mm_gops": operations / seconds / 1e9,
-        "int_mm_ms": 1e3 * seconds,
-        "engine_ms": 1e3 * engine,
-        "share": seconds / engine,
-    }
+    engine = fastest(lambda: classifier.scores(batch), repeats)
+    figures = {"batch": f"{rows} x {tokens} tokens", "int_mm_ms": 1e3 * seconds}
+    return figures | {"engine_ms": 1e3 * engine, "share": seconds / engine}
 
 
-class Progress:
-    """Says what was measured, and how long the rest will take."""
-
-    def __init__(self, total: int):
-        self.t0, self.total, self.done = time.perf_counter(), total, 0
-
-    def __call__(self, text: str) -> None:
-        self.done += 1
-        rest = (time.perf_counter() - self.t0) / self.done * (self.total - self.done)
-        left = f"{rest / 60:.0f} min" if rest > 90 else f"{rest:.0f} s"
-        print(f"[{self.done}/{self.total}, about {left} left] {text}", flush=True)
-
-
-def measure(name: str, server: Server, number: int, args, progress: Progress) -> list[dict]:
+def measure(name: str, server: Server, number: int, args, say: Callable[[str], None]) -> list[dict]:
     """All rows of one server in one round."""
     setting = {"server": name, "round": number}
     rows = []
     for clients in CLIENTS:
         row = server.closed_loop(clients, args.seconds)
         rows.append({"kind": "loop"} | setting | row)
-        progress(
+        say(
             f"{name}, {clients} clients: {row['requests_per_second']:.1f} requests/s, "
             f"p50 {row['p50_ms']:.1f} ms"
         )
@@ -342,7 +265,7 @@ def measure(name: str, server: Server, number: int, args, progress: Progress) ->
         row = server.overload(OVERLOAD * best, args.seconds)
         row["share_of_best"] = row["ok_per_second"] / best
         rows.append({"kind": "overload"} | setting | row)
-        progress(
+        say(
             f"{name}, {row['offered_per_second']:.0f} requests/s offered: "
             f"{row['ok_per_second']:.1f} answered, {row['share_of_best']:.2f} of the best"
         )
@@ -355,14 +278,19 @@ def run(args, folder: Path, texts: list[str]) -> tuple[list[dict], dict]:
     infinity, why = infinity_python(args.quick)
     skipped = {} if infinity else {"infinity": why}
     names = [name for name in SERVERS if name not in skipped]
-    progress = Progress(args.rounds * (len(names) * len(CLIENTS) + 3 + bool(instructions())))
-    rows = []
+    total = args.rounds * (len(names) * len(CLIENTS) + 3 + bool(instructions()))
+    rows, progress = [], tqdm(total=total, unit="figure")
+
+    def say(text: str) -> None:
+        progress.write(text)
+        progress.update()
+
     for number in range(args.rounds):
         for name in names:
             server = Server(name, folder, texts, infinity)
             try:
                 server.wait_until_it_answers()
-                found = measure(name, server, number, args, progress)
+                found = measure(name, server, number, args, say)
             except BenchError as error:
                 if name in OURS:
                     raise
@@ -373,43 +301,29 @@ def run(args, folder: Path, texts: list[str]) -> tuple[list[dict], dict]:
                 server.stop()
             if name in OURS:
                 classifier = Classifier(folder, name)
-                found[len(CLIENTS)]["without_http_p50_ms"] = without_http(classifier, texts)
-                progress(f"{name}, without HTTP")
+                # the same work in this process: tokenise, one forward pass, an answer
+                runs = [partial(classifier.predict, [text]) for text in texts[:200]]
+                times = [timeit.timeit(run, number=1) for run in runs]
+                found[len(CLIENTS)]["without_http_p50_ms"] = 1e3 * np.median(times)
+                say(f"{name}, without HTTP")
                 if name == "int8" and instructions():
                     row = matmul_share(classifier, 5 if args.quick else 30)
                     found.append({"kind": "matmul", "server": name, "round": number} | row)
-                    progress(f"{name}: {row['share']:.2f} of torch._int_mm's rate")
+                    say(f"{name}: {row['share']:.2f} of torch._int_mm's rate")
             rows += found
         names = [name for name in names if name not in skipped]
     return rows, skipped
 
 
-def summary(rows: list[dict], skipped: dict) -> str:
-    lines = [f"{'':12}" + "".join(f"{f'{n} clients':>22}" for n in CLIENTS)]
-    for name in SERVERS:
-        loops = [row for row in rows if row["kind"] == "loop" and row["server"] == name]
-        cells = [
-            "{:.1f}/s, p50 {:.0f} ms".format(
-                *(
-                    median(row[key] for row in loops if row["clients"] == clients)
-                    for key in ("requests_per_second", "p50_ms")
-                )
-            )
-            for clients in CLIENTS
-            if loops
-        ]
-        lines.append(
-            f"{name:12}"
-            + "".join(f"{cell:>22}" for cell in cells)
-            + (f"left out: {skipped[name]}" if name in skipped else "")
-        )
-    return "\n".join(lines)
+def summary(rows: list[dict]) -> str:
+    loops = pd.DataFrame(rows).query("kind == 'loop'")
+    figures = ["requests_per_second", "p50_ms"]
+    table = loops.pivot_table(figures, "server", "clients", "median", sort=False)
+    return table.round(1).to_string()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of 2 s each: does it run?")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/results/")
     parser.add_argument("--rounds", type=int)
@@ -423,27 +337,18 @@ def main() -> None:
     texts = read_folder(Path(data) if data else SAMPLE)[1].texts
     with tempfile.TemporaryDirectory() as folder:
         rows, skipped = run(args, Path(folder), texts)
-    record = {
-        "script": "bench_inference",
-        "command": shlex.join(["python", "-m", "benchmarks.bench_inference", *sys.argv[1:]]),
-        "host": machine.host(torch.device("cpu")),
+    record = machine.record_header() | {
         "instructions": instructions(),
-        "versions": machine.versions()
-        | {name: version(name) for name in ("openvino", "litserve")}
-        | {"infinity-emb": INFINITY},
-        "git_commit": machine.git_commit(),
         "model": "DistilBERT-base, random weights",
         "texts": f"folder {Path(data).name}" if data else "sample",
         "seconds": args.seconds,
         "skipped": skipped,
-        "rows": [],
     }
+    record["versions"] |= {name: version(name) for name in ("openvino", "litserve")}
+    record["versions"]["infinity-emb"] = INFINITY
     path = ROOT / ("benchmarks/results" if args.record else "runs") / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    text = json.dumps(record, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n ]')
-    path.write_text(text + "\n", encoding="utf-8")
-    print(f"{summary(rows, skipped)}\nwrote {path}")
+    write_record(path, record, rows)
+    print(f"{summary(rows)}\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The record, one flat row a measurement, goes to runs/, with --record to benchmar
 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 shows a CPU with AMX as one without.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -21,15 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from benchmarks.cost_model import flops_per_sample
 from benchmarks.figures import RESULTS, ROOT, Speed, write_record
@@ -134,14 +134,9 @@ class Bench:
             "CUDA_VISIBLE_DEVICES": visible,
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         }
-        return subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=self.folder,
-            env=os.environ | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [sys.executable, *map(str, command)]
+        return subprocess.Popen(command, cwd=self.folder, env=os.environ | env, **how)
 
     def finish(self, process: subprocess.Popen) -> str:
         out, _ = process.communicate()
@@ -203,12 +198,8 @@ class Bench:
     def pieces(self, launch: str, world_size: int, threads: int, precision: str) -> list[dict]:
         chosen = settings(world_size, precision, self.cuda, self.quick)
         plan, out = self.folder / "plan.json", self.folder / "out.json"
-        plan.write_text(
-            json.dumps(
-                {"backbone": str(self.backbone), "source": self.source}
-                | {"precision": precision, "settings": chosen}
-            )
-        )
+        what = {"backbone": str(self.backbone), "source": self.source, "precision": precision}
+        plan.write_text(json.dumps(what | {"settings": chosen}))
         command = [*self.launch(world_size), "-m", "benchmarks.step_pieces", plan, out]
         self.finish(self.start(command, threads, range(world_size)))
         return [{"launch": launch, "threads": threads} | row for row in json.loads(out.read_text())]
@@ -266,46 +257,31 @@ def best_flags(rows: list[dict], precision: str) -> dict[str, dict]:
 
 
 def run_rounds(bench: Bench, precision: str, minutes: float) -> list[dict]:
-    """All rows of all rounds, with a line of progress before each part."""
-    t0, rows, rounds = time.perf_counter(), [], 1 if bench.quick else 3
-
-    def say(line: str) -> None:
-        print(f"[{(time.perf_counter() - t0) / 60:.1f} min] {line}", flush=True)
-
-    if bench.quick:
-        best = {}  # Trainer alone would take as long as the rest
-    else:
-        say("Trainer's flags: a grid")
-        rows += bench.search(precision)
+    """All rows of all rounds. The progress bar counts the seconds that two cores would take."""
+    t0, rows, best, rounds = time.perf_counter(), [], {}, 1 if bench.quick else 3
+    if not bench.quick:  # Trainer alone would take as long as the rest
+        print("Trainer's flags: a grid", flush=True)
+        rows = bench.search(precision)
         best = best_flags(rows, precision)
     parts, began = bench.parts(precision, best), time.perf_counter()
-    weights = [weight for _, weight, _ in parts]
+    progress = tqdm(total=rounds * sum(weight for _, weight, _ in parts), unit="s")
     for number in range(rounds):
-        for position, (name, _, call) in enumerate(parts):
-            done = number * sum(weights) + sum(weights[:position])
-            rest, spent = rounds * sum(weights) - done, time.perf_counter() - began
-            left = spent * rest / done if done else rest
-            say(f"round {number + 1} of {rounds}: {name}; about {left / 60:.0f} min left")
+        for name, weight, call in parts:
+            progress.set_description(f"round {number + 1} of {rounds}: {name}")
             rows += [{"round": number} | row for row in call()]
-        spent = (time.perf_counter() - t0) / 60
-        each = (time.perf_counter() - began) / 60 / (number + 1)
-        if number + 1 < rounds and spent + each > minutes:
-            say(f"another round would end after --minutes {minutes:g}")
+            progress.update(weight)
+        each = (time.perf_counter() - began) / (number + 1)
+        if time.perf_counter() - t0 + each > 60 * minutes:
             break
+    progress.close()
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="one small round without Trainer, under three minutes")
-    add(
-        "--record",
-        action="store_true",
-        help="write to benchmarks/results/, which make report reads",
-    )
+    add("--record", action="store_true", help="write to benchmarks/results/ for make report")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     add("--model", default="base", help="packaged, a name or a folder (default: random weights)")
     add("--minutes", type=float, default=60, help="start no round that would end later")
@@ -322,12 +298,9 @@ def main() -> None:
     source = source if source == "sample" else str(Path(source).resolve())
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(
-            f"warning: other programs are running (load average {load:.1f}); the figures will be "
-            "too low, and their ratios wrong",
-            file=sys.stderr,
-        )
-    started, t0 = datetime.now().isoformat(timespec="seconds"), time.perf_counter()
+        text = "other programs are running; the figures will be too low, and their ratios wrong"
+        print(f"warning: load average {load:.1f}: {text}", file=sys.stderr)
+    header, t0 = machine.record_header(device), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         backbone, model = Path(folder) / "backbone", "DistilBERT-base, random weights"
         if args.model == "base":
@@ -339,18 +312,11 @@ def main() -> None:
         flops = fmean(flops_per_sample(config, int(tokens)) for tokens in lengths)
         bench = Bench(backbone.resolve(), source, Path(folder), cuda, devices, args.quick)
         rows = run_rounds(bench, precision, args.minutes)
-    command = ["python", "-m", "benchmarks.bench_training", *sys.argv[1:]]
-    record = {
-        "script": "bench_training",
-        "command": shlex.join(command),
-        "started": started,
-        "host": machine.host(device),
+    record = header | {
         "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "" if cuda else cpu_instructions()),
         "load_average": load,
         "device": device.type,
         "devices": devices,
-        "versions": machine.versions(),
-        "git_commit": machine.git_commit(),
         "minutes": (time.perf_counter() - t0) / 60,
         "data": source if source == "sample" else f"folder {Path(source).name}",
         "model": model,

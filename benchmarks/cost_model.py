@@ -13,8 +13,6 @@ from functools import partial
 
 from training.model import Config
 
-MIB = 2**20
-
 
 def flops_per_sample(config, tokens: float) -> float:
     """Floating-point operations that training spends on a row of `tokens` tokens in model.py.
@@ -141,11 +139,7 @@ class Gpu:
 
 
 # Kaggle's T4s: pessimistic, likely, optimistic
-T4 = [
-    Gpu(12e12, 20e-3, 1.5e9, 12e-6),
-    Gpu(18e12, 13e-3, 4e9, 12e-6),
-    Gpu(24e12, 8e-3, 8e9, 12e-6),
-]
+T4 = [Gpu(12e12, 20e-3, 1.5e9, 12e-6), Gpu(18e12, 13e-3, 4e9, 12e-6), Gpu(24e12, 8e-3, 8e9, 12e-6)]
 # A cluster: a third of the 312 TFLOP/s that an A100 has in bf16; Ethernet and InfiniBand at their
 # line rates, NVLink at two thirds of an A100's 300 GB/s a direction.
 # name: (bytes/s of a GPU's link, the largest number of GPUs that it joins)

@@ -28,11 +28,11 @@ def read(name: str) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def write_record(path: Path, record: dict, rows: list[dict]) -> None:
+def write_record(path: Path, record: dict, rows: list[dict] | None = None) -> None:
     """A record with its flat rows, one a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    header = json.dumps(record | {"rows": []}, indent=1)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows or [])
+    header = json.dumps(record | ({} if rows is None else {"rows": []}), indent=1)
     path.write_text(header.replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n")
 
 
@@ -51,10 +51,8 @@ class Speed:
     """A host's record. `launch` is "1", "2" (processes, a device each) or "all cores"."""
 
     def __init__(self, record: dict):
-        self.record, self.rows = (
-            record,
-            pd.DataFrame(record["rows"]).rename(columns={"name": "name_"}),
-        )
+        self.record = record
+        self.rows = pd.DataFrame(record["rows"]).rename(columns={"name": "name_"})
         if "flags" not in self.rows:  # a quick round is without Trainer
             self.rows["flags"] = None
         self.cuda = record["device"] == "cuda"
@@ -166,27 +164,16 @@ class Speed:
         sizes = self.buckets(compression)
         sync_flags = self.piece("sync_flags", launch).seconds.median()
         config = self.record["config"]
-        rows = config["vocab_size"] + config["max_position_embeddings"]
-        return Pieces(
-            *inputs,
-            sync_flags,
-            imbalance,
-            tuple(sizes.index),
-            tuple(sizes),
-            4.0 * config["dim"] * rows,
-            self.cuda,
-        )
+        words = config["vocab_size"] + config["max_position_embeddings"]
+        buckets = tuple(sizes.index), tuple(sizes), 4.0 * config["dim"] * words
+        return Pieces(*inputs, sync_flags, imbalance, *buckets, self.cuda)
 
     def buckets(self, compression: str = "none") -> pd.Series:
         """Seconds of each bucket's all-reduce alone, by its bytes, in the order of filling."""
         rows = self.piece("bucket", "2")
         rows = rows[rows.compression == compression]
-        return (
-            rows.groupby("number")
-            .agg({"bytes": "first", "seconds": "median"})
-            .set_index("bytes")
-            .seconds
-        )
+        table = rows.groupby("number").agg({"bytes": "first", "seconds": "median"})
+        return table.set_index("bytes").seconds
 
     def compressions(self) -> list[str]:
         return sorted(
@@ -284,17 +271,8 @@ class Speed:
                 predicted = self.predicted(launch, rounds)
                 error = predicted / rounds.step.median() - 1
                 new = any(setting[name] in values for name, values in VALIDATION.items())
-                rows.append(
-                    {
-                        "launch": launch,
-                        "what": describe(setting),
-                        "step": rounds.step,
-                        "predicted": predicted,
-                        "error": error,
-                        "new": new,
-                    }
-                )
-        return pd.DataFrame(rows)
+                rows.append((launch, describe(setting), rounds.step, predicted, error, new))
+        return pd.DataFrame(rows, columns="launch what step predicted error new".split())
 
     def errors(self) -> tuple[pd.Series, pd.Series]:
         """Of the settings known when the calibration was chosen, and of those added later."""
@@ -303,24 +281,12 @@ class Speed:
 
     def summary(self) -> str:
         """What `make bench` prints at the end."""
-        scripts = self.rows[self.rows.kind == "script"]
-        table = scripts.groupby("name_", sort=False).agg(
-            samples_per_second=("samples_per_second", "median"),
-            lowest=("samples_per_second", "min"),
-            highest=("samples_per_second", "max"),
-            steps=("steps", "min"),
-        )
-        text = f"\n{self.title}\n{table.rename_axis(None).round(1).to_string()}\n"
-        if self.ddp:
-            micros = self.micros("2", "ddp")
-            speedups = pd.DataFrame(
-                {
-                    "strong speed-up": [self.strong(micro).median() for micro in micros],
-                    "weak speed-up": [self.weak(micro).median() for micro in micros],
-                },
-                index=pd.Index(micros, name="rows of each process"),
-            )
-            text += f"\n{speedups.round(2).to_string()}\n"
+        rates = self.rows[self.rows.kind == "script"].groupby("name_", sort=False)
+        table = rates.samples_per_second.agg(["median", "min", "max"]).round(1)
+        text = f"\n{self.title}: samples/s\n{table.rename_axis(None).to_string()}\n"
+        for micro in self.micros("2", "ddp"):
+            strong, weak = self.strong(micro).median(), self.weak(micro).median()
+            text += f"{micro} rows a process: strong scaling {strong:.2f}, weak {weak:.2f}\n"
         return text
 
 

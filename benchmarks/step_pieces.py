@@ -23,18 +23,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import Timer
 
-from training import machine, utils
+from training import comm_hooks, machine, utils
 from training.comm_hooks import all_reduce_rows, register_comm_hook
 from training.dataset import collate, prepare_data
 from training.model import Config, load_backbone
 
-DTYPES = {
-    "none": torch.float32,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+DTYPES = comm_hooks.DTYPES | {"fp32": torch.float32}
 
 
 def now(device: torch.device) -> float:
@@ -56,15 +52,10 @@ def gemm_rate(config: Config, dtype: torch.dtype, device: torch.device, rows=32,
             for _ in range(times):
                 F.linear(x, w)
 
-    one_pass()
-    t0, passes = now(device), 0
-    while time.perf_counter() - t0 < seconds:
-        for _ in range(1 if device.type == "cpu" else 50):
-            one_pass()
-            passes += 1
-        now(device)
-    flops = passes * sum(2 * m * k * n * times for k, n, times in shapes)
-    return flops / (now(device) - t0)
+    threads = torch.get_num_threads()
+    timer = Timer("one_pass()", globals={"one_pass": one_pass}, num_threads=threads)
+    flops = sum(2 * m * k * n * times for k, n, times in shapes)
+    return flops / timer.blocked_autorange(min_run_time=seconds).median
 
 
 def average(gradient: Tensor, dtype: torch.dtype) -> None:
@@ -239,12 +230,8 @@ class Rank:
             return now(self.device) - t0
 
         dense = self.timed(lambda: average(gradient, torch.float32))
-        return {
-            "micro": micro,
-            "touched": len(touched),
-            "dense_seconds": dense,
-            "sparse_seconds": self.timed(sparse),
-        }
+        figures = {"micro": micro, "touched": len(touched), "dense_seconds": dense}
+        return figures | {"sparse_seconds": self.timed(sparse)}
 
 
 def main() -> None:

@@ -6,22 +6,19 @@ One run per core at a time. Needs AG_NEWS_DIR and the packaged backbone. Results
 results/sweep.json after every run; what is already there for these rows is not run again.
 """
 
-import argparse
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
+from benchmarks.figures import ROOT, write_record
 from training import machine
 
-ROOT = Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "sweep.json"
 BATCH = 256  # the default, for which epochs and warm-up are tried, too
 GRID = [
@@ -56,9 +53,7 @@ def train(recipe: dict, rows: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8000)
     args = parser.parse_args()
     if not os.environ.get("AG_NEWS_DIR"):
@@ -79,18 +74,13 @@ def main() -> None:
             return
         runs.append(train(recipe, args.rows))
         print(f"{recipe} -> {runs[-1]['val_accuracy']:.4f}", flush=True)
-        record = {
-            "script": "sweep",
-            "command": shlex.join(["python", "-m", "benchmarks.sweep", *sys.argv[1:]]),
+        record = machine.record_header() | {
             "model": "packaged",
             "train_samples": args.rows,
             "best": best(),
             "runs": runs,
-            "host": machine.host(torch.device("cpu")),
-            "versions": machine.versions(),
-            "git_commit": machine.git_commit(),
         }
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(RECORD, record)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(attempt, GRID))

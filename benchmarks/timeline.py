@@ -7,19 +7,16 @@ random weights, or another --model; rows from AG_NEWS_DIR or else the sample. `m
 docs/step.svg from the record. Without --record it is written to runs/.
 """
 
-import argparse
 import itertools
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
-from datetime import datetime
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from benchmarks.figures import RESULTS, ROOT, read, short, write_record
 from benchmarks.plots import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, figure, svg
@@ -59,10 +56,8 @@ def step_rows(traces: list[dict]) -> list[dict]:
         # ranks share the host's clock, but each trace counts from a base of its own
         base = trace["baseTimeNanoseconds"] / 1e3
         events = [e | {"ts": e["ts"] + base} for e in trace["traceEvents"] if e.get("ph") == "X"]
-        marks = sorted(
-            (e for e in events if e["name"].startswith("ProfilerStep#")), key=lambda e: e["ts"]
-        )
-        steps.append((events, [(e["ts"], e["ts"] + e["dur"]) for e in marks]))
+        marks = [e for e in events if e["name"].startswith("ProfilerStep#")]
+        steps.append((events, sorted((e["ts"], e["ts"] + e["dur"]) for e in marks)))
     lengths = sorted((end - start, number) for number, (start, end) in enumerate(steps[0][1]))
     number = lengths[len(lengths) // 2][1]
     zero = min(windows[number][0] for _, windows in steps)
@@ -72,22 +67,10 @@ def step_rows(traces: list[dict]) -> list[dict]:
         inside = [e for e in events if start <= e["ts"] < end]
         main_thread = next(e for e in inside if e["name"].startswith("ProfilerStep#"))["tid"]
         # arithmetic: what PyTorch's operators did on the thread that trains
-        work = union(
-            [
-                (e["ts"], e["ts"] + e["dur"])
-                for e in inside
-                if e["tid"] == main_thread and e["name"].startswith("aten::")
-            ]
-        )
-        rows.append(
-            {
-                "rank": rank,
-                "lane": "step",
-                "name": "step",
-                "start_ms": (start - zero) / 1e3,
-                "ms": (end - start) / 1e3,
-            }
-        )
+        own = [e for e in inside if e["tid"] == main_thread and e["name"].startswith("aten::")]
+        work = union([(e["ts"], e["ts"] + e["dur"]) for e in own])
+        whole = {"rank": rank, "lane": "step", "name": "step"}
+        rows.append(whole | {"start_ms": (start - zero) / 1e3, "ms": (end - start) / 1e3})
         for event in inside:
             if event.get("cat") == "distrinews":
                 span = event["ts"], event["ts"] + event["dur"]
@@ -120,9 +103,7 @@ def profile(world_size: int, flags: list, folder: Path) -> list[dict]:
 def main() -> None:
     from benchmarks.bench_training import make_backbone
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--record", action="store_true", help="write to benchmarks/results/")
     add("--model", help="packaged, a name or a folder (default: base's shape, random weights)")
@@ -144,14 +125,8 @@ def main() -> None:
             flags = ["--model", model, *data, "--global-batch-size", batch, *more]
             traces = profile(world_size, [*flags, "--micro-batch-size", micro], folder)
             rows += [{"panel": panel} | row for row in step_rows(traces)]
-    record = {
-        "script": "timeline",
-        "command": shlex.join(["python", "-m", "benchmarks.timeline", *sys.argv[1:]]),
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "host": machine.host(torch.device("cpu")),
+    record = machine.record_header() | {
         "load_average": load,
-        "versions": machine.versions(),
-        "git_commit": machine.git_commit(),
         "model": args.model or "DistilBERT-base, random weights",
         "global_batch_size": batch,
     }
@@ -210,9 +185,8 @@ def draw() -> str | None:
     axes.tick_params(axis="y", labelsize=8, length=0)
     axes.set_ylim(y - 0.3, -0.75)
     axes.set_xlim(0, 1.01 * scale)
-    axes.set_xlabel(
-        f"ms, {short(record['host'])}; {record['global_batch_size']} rows a step in all"
-    )
+    rows_a_step = record["global_batch_size"]
+    axes.set_xlabel(f"ms, {short(record['host'])}; {rows_a_step} rows a step in all")
     return svg(drawing)
 
 
@@ -229,12 +203,11 @@ def draw_lane(axes, ranges: pd.DataFrame, y: float, scale: float) -> None:
         left = one.start_ms + (one.ms - width) / 2
         if one.lane != "exposed" and one.ms > width and left > labelled:
             labelled = left + width
-            place = {"ha": "center", "va": "center", "size": 7, "zorder": 5}
-            box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0}
+            how = {"color": "white"}
             if one.lane == "communication":
-                axes.text(one.start_ms + one.ms / 2, y, label, bbox=box, **place)
-            else:
-                axes.text(one.start_ms + one.ms / 2, y, label, color="white", **place)
+                how = {"bbox": {"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0}}
+            how |= {"ha": "center", "va": "center", "size": 7, "zorder": 5}
+            axes.text(one.start_ms + one.ms / 2, y, label, **how)
 
 
 if __name__ == "__main__":

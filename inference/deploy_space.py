@@ -7,22 +7,18 @@ Needs the int8 model of CHECKPOINT_DIR (python inference/export.py --to int8) an
 write (hf auth login).
 """
 
-import argparse
 import json
-import os
 import re
 import shutil
 import sys
 import tempfile
 import time
 import urllib.request
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # by path, imports are looked for beside this file
-    root = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # -P: another project's `inference` in the current folder would come first
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "inference.deploy_space", *sys.argv[1:]])
+if not __package__:  # started by its path: imports would be looked for beside this file
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from huggingface_hub import HfApi, SpaceCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -144,9 +140,7 @@ def explain(error: Exception, space: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("space", metavar="OWNER/NAME")
     parser.add_argument("--private", action="store_true", help="for its owner's token only")
     parser.add_argument("--dry-run", action="store_true", help="list the files, contact nobody")

@@ -4,7 +4,6 @@ python inference/export.py --to int8     static int8 for OpenVINO, at most 0.3 p
 python inference/export.py --to hf       checkpoints/hf, for transformers.pipeline
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -14,14 +13,12 @@ import shutil
 import sys
 import tempfile
 import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import asdict
 from pathlib import Path
 
-if __name__ == "__main__" and not __package__:  # by path, imports are looked for beside this file
-    root = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # -P: another project's `inference` in the current folder would come first
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "inference.export", *sys.argv[1:]])
+if not __package__:  # started by its path: imports would be looked for beside this file
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
@@ -43,13 +40,7 @@ from inference.model_loader import (
     torch_engine,
 )
 from training.checkpoint import load_checkpoint
-from training.dataset import (
-    DataError,
-    TokenizedExamples,
-    eval_loader,
-    prepare_data,
-    read_source,
-)
+from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data, read_source
 from training.model import Config, NewsClassifier
 
 MAX_ACCURACY_DROP = 0.003
@@ -261,9 +252,7 @@ def to_hf(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--to", choices=["int8", "hf"], required=True)
     parser.add_argument(
         "--checkpoint-dir", type=Path, default=CHECKPOINTS, help="(default: %(default)s)"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from fakes import make_backbone, make_news
-from ranks import ROOT, environment
+from ranks import ROOT, environment, run
 
 # the longest files begin first, so that no worker of xdist is left with one at the end
 LONGEST = "docs one_order resume export faulty_rank marks api two_hosts launch scripts hub ddp lab"
@@ -39,7 +39,7 @@ def trained(tiny_backbone, news_folder, tmp_path_factory):
     command = [sys.executable, ROOT / "training" / "train_single.py", "--model", tiny_backbone]
     command += ["--data", news_folder, "--checkpoint-dir", folder / "c", "--lr", "5e-3"]
     command += ["--epochs", 20, "--global-batch-size", 8, "--dropout", 0]
-    subprocess.run([*map(str, command)], cwd=folder, env=environment(), check=True, timeout=280)
+    run(command, folder, 280, RANK="1", WORLD_SIZE="2").check_returncode()  # it ignores these
     return folder / "c"
 
 

@@ -1,10 +1,8 @@
 """One rank of a real training script, instrumented: python tests/instrument.py OUT SCRIPT [flags]
 
 Runs the script's own main() and saves to OUT/rank<r>.pt what no command line shows: each step's
-gradients as the optimizer gets them, the rows of each epoch in order, the final weights, and how
-many checkpoints were written. The environment can change one thing: STOP_AT_STEP=n sends this
-process SIGTERM in its n-th step, NO_SET_EPOCH=1 drops set_epoch, COUNT_BUCKETS=1 replaces DDP's
-reduction by one that counts the buckets of each step, FAULT=... makes rank 1 fail in its 3rd step.
+gradients as the optimizer gets them, and the final weights. The environment can change one thing:
+STOP_AT_STEP=n sends this process SIGTERM in its n-th step, FAULT=... makes rank 1 fail in its 3rd.
 """
 
 import os
@@ -16,17 +14,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import comm_share
 import dataset
 import errors
 import model
 import utils
 
-seen = {"grads": [], "rows": [], "buckets": [], "saves": 0}
-parameters, buckets = [], 0
+seen, parameters = {"grads": []}, []
 
 
 def fail(fault: str) -> None:
@@ -45,11 +40,9 @@ def fail(fault: str) -> None:
 
 def instrument_gradients(clip):
     def instrumented(params, limit):
-        global parameters, buckets
+        global parameters
         parameters = list(params)
         seen["grads"].append([p.grad.clone() for p in parameters])
-        seen["buckets"].append(buckets)
-        buckets = 0
         if len(seen["grads"]) == int(os.environ.get("STOP_AT_STEP", -1)):
             os.kill(os.getpid(), signal.SIGTERM)
         if len(seen["grads"]) == 3 and os.environ.get("RANK", "1") == "1":
@@ -59,64 +52,14 @@ def instrument_gradients(clip):
     return instrumented
 
 
-def instrument_rows(order_of):
-    def instrumented(self):
-        seen["rows"].append([])
-        for row in order_of(self):
-            seen["rows"][-1].append(row)
-            yield row
-
-    return instrumented
-
-
-def without_rows(report):
-    def instrumented(*args):
-        line = report(*args)
-        seen["rows"].clear()  # it reads a batch before the first epoch
-        return line
-
-    return instrumented
-
-
-class CountingDDP(DistributedDataParallel):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_comm_hook(None, count)
-
-
-def count(state, bucket):
-    global buckets
-    buckets += 1
-    dist.all_reduce(bucket.buffer())
-    done = torch.futures.Future()
-    done.set_result(bucket.buffer().div_(dist.get_world_size()))
-    return done
-
-
-def count_saves(save_checkpoint):
-    def counted(*args):
-        seen["saves"] += 1
-        save_checkpoint(*args)
-
-    return counted
-
-
 def main() -> None:
     out, script, *flags = sys.argv[1:]
     sys.argv = [script, *flags]
     nn.utils.clip_grad_norm_ = instrument_gradients(nn.utils.clip_grad_norm_)
-    sampler = dataset.LengthGroupedSampler
-    sampler.__iter__ = instrument_rows(sampler.__iter__)
-    comm_share.report = without_rows(comm_share.report)
-    checkpoint.save_checkpoint = count_saves(checkpoint.save_checkpoint)
-    if os.environ.get("NO_SET_EPOCH"):
-        sampler.set_epoch = lambda self, epoch: None
     if os.environ.get("FAULT") == "hang at start" and os.environ["RANK"] == "1":
         errors.probe_all_reduce = lambda device: time.sleep(1000)
     torch.use_deterministic_algorithms(True)
     script = __import__(Path(script).stem)
-    if os.environ.get("COUNT_BUCKETS"):
-        script.DistributedDataParallel = CountingDDP
     exit_now, rank = os._exit, int(os.environ.get("RANK", 0))
 
     def save(status=0):

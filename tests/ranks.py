@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +27,16 @@ def environment(**extra: str) -> dict[str, str]:
     env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": CACHE.name, "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return env | {"PYTHONPATH": paths} | extra
+
+
+def run(command: list, cwd: Path, seconds=120, as_user=False, **extra: str):
+    """What the command printed, and its status; `as_user`: without the tests' PYTHONPATH."""
+    env = environment(**extra)
+    if as_user:
+        del env["PYTHONPATH"]
+    return subprocess.run(
+        [*map(str, command)], cwd=cwd, env=env, timeout=seconds, capture_output=True, text=True
+    )
 
 
 # Every rank is a process of its own, forked from a server that has imported torch already: that

@@ -13,16 +13,8 @@ from pathlib import Path
 from tests.ranks import ROOT, environment
 
 UVICORN = [sys.executable, "-m", "uvicorn", "--port", "0", "--http", "h11"]
-GUNICORN = [
-    sys.executable,
-    "-m",
-    "gunicorn",
-    "-k",
-    "uvicorn_worker.UvicornWorker",
-    "--bind",
-    "127.0.0.1:0",
-    "--no-control-socket",
-]
+GUNICORN = [sys.executable, "-m", "gunicorn", "-k", "uvicorn_worker.UvicornWorker"]
+GUNICORN += ["--bind", "127.0.0.1:0", "--no-control-socket"]
 
 
 @contextmanager

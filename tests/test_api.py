@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from http.client import HTTPConnection
@@ -19,7 +18,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import ROOT, environment
+from ranks import ROOT, environment, run
 from server import GUNICORN, UVICORN, process, server
 
 import inference.app
@@ -300,23 +299,9 @@ def test_no_body_makes_a_server_error(http, body, path):
 
 
 def test_schemathesis_finds_nothing_with_all_its_checks(url, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "schemathesis.cli",
-        "run",
-        f"{url}/openapi.json",
-        "--checks",
-        "all",
-        "--seed",
-        "1",
-        "--max-examples",
-        "40",
-        "--no-color",
-    ]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
-    )
+    flags = "--checks all --seed 1 --max-examples 40 --no-color".split()
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *flags]
+    done = run(command, tmp_path, 200)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert "Tested: 4" in done.stdout  # all four: an empty run would be no proof
 
@@ -474,15 +459,8 @@ def test_empty_settings_are_no_settings(trained, tmp_path):
     ],
 )
 def test_what_cannot_be_served_ends_with_one_line(trained, workers, variable, value, says):
-    env = environment(CHECKPOINT_DIR=str(trained)) | {variable: value}
-    done = subprocess.run(
-        [*UVICORN, "--workers", str(workers), "inference.app:app"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    env = {"CHECKPOINT_DIR": str(trained)} | {variable: value}
+    done = run([*UVICORN, "--workers", workers, "inference.app:app"], ROOT, **env)
     errors = [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")]
     assert done.returncode != 0
     assert len(errors) == 1 and errors[0].startswith("error: ") and says in errors[0]

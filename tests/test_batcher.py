@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -67,19 +66,6 @@ def test_what_waits_together_is_batched_by_length_oldest_first():
     assert asyncio.run(go()) == [[1], [10, 10, 11, 11], [50, 52], [12, 13], [100]]
 
 
-def test_a_single_client_does_not_wait_for_others():
-    async def go():
-        batcher = Batcher(echo)
-        await batcher.submit([[1]])  # the thread has started
-        began = time.perf_counter()
-        for _ in range(50):
-            await batcher.submit([[1, 2]])
-        batcher.close()
-        return (time.perf_counter() - began) / 50
-
-    assert asyncio.run(go()) < 0.005
-
-
 def test_what_is_inside_counts_until_it_is_answered():
     async def go():
         held, inside = HeldModel(), []
@@ -129,22 +115,3 @@ def test_an_error_fails_the_clients_of_its_batch_alone():
     kinds, again = asyncio.run(go())
     assert kinds == [list, ValueError, ArithmeticError, list]
     assert again[0][0] == 4
-
-
-def test_a_client_that_left_costs_no_forward_pass():
-    async def go():
-        held = HeldModel()
-        batcher = Batcher(held)
-        running = asyncio.create_task(batcher.submit([[1]]))
-        await let_it_work()
-        left = asyncio.create_task(batcher.submit([[1] * 5]))
-        await let_it_work()
-        left.cancel()
-        await let_it_work()
-        held.release.set()
-        await running
-        await batcher.submit([[1] * 3])
-        batcher.close()
-        return held.batches
-
-    assert asyncio.run(go()) == [[1], [3]]

@@ -19,12 +19,9 @@ def test_flops_of_a_row():
     assert cost_model.flops_per_sample(config, 10) == 3 * (4160 + 992 + 64)
 
 
-def test_all_reduce_of_two_sends_every_byte_once_each_way():
+def test_all_reduce_of_two_and_of_four():
     # 2 messages of 4 MB at 2 GB/s: 2 x (0.001 + 0.002)
     assert cost_model.all_reduce(8e6, 2, 0.001, 2e9) == pytest.approx(0.006)
-
-
-def test_all_reduce_of_four():
     # 6 messages of 2 MB at 2 GB/s: 6 x (0.001 + 0.001)
     assert cost_model.all_reduce(8e6, 4, 0.001, 2e9) == pytest.approx(0.012)
 

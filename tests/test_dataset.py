@@ -10,7 +10,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from filelock import FileLock
-from torch.utils.data import DataLoader
 
 import dataset
 from dataset import LABELS, DataError, LengthGroupedSampler
@@ -131,20 +130,15 @@ def refused(path, says):
     "lines, says",
     [
         (["one,two"], "line 1: 2 columns"),
-        (["5,title,text"], "line 1: 3 columns that begin '5"),
         (["text,label,Text", "a,0,b"], "line 1: two columns are named 'text'"),
         (["text,label", "a,0", "b,4"], "line 3: label '4'; expected 0 to 3"),
         (["text,label", "a,Health"], "line 2: label 'Health'"),
-        (["text,label", "a,1.5"], "line 2: label '1.5'"),
-        (["text,label", "a,"], "line 2: label ''"),
         (["1,a,b", "0,a,b"], "line 2: label '0'; expected 1 to 4"),
-        (["Class Index,Title,Description", "5,a,b"], "line 2: label '5'"),
         (["text,label", '" ",1'], "line 2: no text"),
         (["text,label", "a,0", "b"], "line 3: 1 columns; the lines above have 2"),
         (["text,label", '"two\nlines",1', "a,9"], "line 4: label '9'"),
         (["text,label", "a,0", '"never closed,1', "b,2"], "line 3: unexpected end of data"),
         (["text,label", '"a \\"b\\" c",1'], "line 2: ',' expected after"),
-        (["text,label", '"' + "a" * 200_000], "line 2: field larger than"),
         (["text,label"], "a header and no rows"),
         ([""], "0 columns"),
     ],
@@ -159,14 +153,10 @@ def test_a_mistake_in_csv_is_one_line_that_names_file_and_line(tmp_path, lines, 
         ({"text": ["a", None], "label": [0, 1]}, None, "row 2: no text, but None"),
         ({"text": [["a"], ["b"]], "label": [0, 1]}, None, "row 1: no text, but ['a']"),
         ({"text": [b"a", b"b"], "label": [0, 1]}, None, "row 1: no text, but b'a'"),
-        ({"text": ["a", "b"], "label": [0, None]}, None, "row 2: label 'None'"),
         ({"text": ["a", "b"], "label": [0, 1.5]}, None, "row 2: label '1.5'"),
-        ({"text": ["a", "b"], "label": [False, True]}, None, "row 1: label 'False'"),
-        ({"text": ["a", "b"], "label": [[0], [1]]}, None, "row 1: label '[0]'"),
         ({"text": ["a", "b"], "label": [0, 1]}, ["World", "Health"], "row 2: label 'Health'"),
         ({"text": ["a", "b"], "label": [0, -1]}, list(LABELS), 'row 2: label "-1 of ['),
         ({"text": ["a", "b"], "label": [0, 3]}, ["World", "Sports"], 'row 2: label "3 of ['),
-        ({"words": ["a"], "label": [0]}, None, "header: 2 columns"),
     ],
 )
 def test_a_mistake_in_parquet_is_one_line_that_names_file_and_row(
@@ -181,7 +171,6 @@ def test_a_mistake_in_parquet_is_one_line_that_names_file_and_row(
         ('{"text": "a"}', "line 2: label 'None'"),
         ('{"text": null, "label": 1}', "line 2: no text"),
         ('{"text": "\\ud800", "label": 1}', "line 2: expected a JSON object"),
-        ("[1, 2]", "line 2: expected a JSON object"),
         ("{", "line 2: expected a JSON object"),
         ("[" * 100_000, "line 2: expected a JSON object"),
     ],
@@ -318,20 +307,6 @@ def test_ignored_columns_and_the_highest_token_id_are_reported(
     assert data.vocab_size == 1 + max(int(s[i][0].max()) for s in splits for i in range(len(s)))
 
 
-def test_the_fingerprint_tells_any_other_data_apart(tmp_path, news_folder, tiny_backbone):
-    def fingerprint(folder=news_folder, *cuts):
-        cuts = cuts or (None, None)
-        return dataset.prepare_data(str(folder), tiny_backbone, 128, *cuts).fingerprint
-
-    seen = {fingerprint(), fingerprint(news_folder, 50, None), fingerprint(news_folder, None, 5)}
-    for split in ("train", "test"):
-        folder = shutil.copytree(news_folder, tmp_path / split)
-        lines = (folder / f"{split}.csv").read_text().splitlines()
-        write(folder / f"{split}.csv", lines[:-4])
-        seen.add(fingerprint(folder))
-    assert len(seen) == 5 and fingerprint() in seen
-
-
 def test_a_tokenizer_that_is_missing_corrupted_or_another_is_one_line(
     tmp_path, news_folder, tiny_backbone
 ):
@@ -381,16 +356,12 @@ def test_texts_are_tokenised_once_for_all_processes(cache, tiny_backbone):
     assert len(calls) == 3  # other texts, another length: other files
 
 
-@pytest.mark.parametrize("kind", ["cut short", "of other rows", "no longer a file"])
-def test_a_corrupted_cache_file_is_written_again(cache, tiny_backbone, kind):
+@pytest.mark.parametrize("size", [0, 100, -20])
+def test_a_corrupted_cache_file_is_written_again(cache, tiny_backbone, size):
     calls, folder = cache
     ids, _ = dataset.cached_tokens(["the match"], tiny_backbone, 128)
     (file,) = (folder / "distrinews").glob("*.npz")
-    content = file.read_bytes()
-    if kind == "of other rows":
-        np.savez(file, ids=np.arange(5, dtype=np.int32), ends=np.array([2, 5]))
-    else:
-        file.write_bytes(content[:100] if kind == "cut short" else b"")
+    file.write_bytes(file.read_bytes()[:size])
     for _ in range(2):
         assert np.array_equal(dataset.cached_tokens(["the match"], tiny_backbone, 128)[0], ids)
     assert len(calls) == 2
@@ -461,16 +432,10 @@ def test_a_step_trains_on_the_same_rows_at_every_world_size(world_size):
     assert np.array_equal(rest, shared[70:])
 
 
-def test_an_epoch_gives_a_row_at_most_once_and_each_leaves_out_other_rows():
-    epochs = [epoch_steps(LENGTHS, 24, 2, epoch) for epoch in range(3)]
-    assert all(len(np.unique(steps)) == steps.size == 208 * 24 for steps in epochs)
-    left_out = [frozenset(range(len(LENGTHS))) - set(steps.flat) for steps in epochs]
-    assert len(set(left_out)) == 3
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
+def test_the_order_is_a_function_of_seed_and_epoch_and_leaves_out_other_rows_each_time():
     orders = [epoch_steps(LENGTHS, 24, 2, epoch, 0, seed) for epoch in (0, 1) for seed in (0, 1)]
-    assert len({order.tobytes() for order in orders}) == 4
+    assert all(len(np.unique(steps)) == steps.size == 208 * 24 for steps in orders)
+    assert len({frozenset(range(len(LENGTHS))) - {*steps.flat} for steps in orders}) == 4
     assert np.array_equal(orders[0], epoch_steps(LENGTHS, 24, 2))
 
 
@@ -478,14 +443,6 @@ def test_fewer_rows_than_one_step_are_refused():
     with pytest.raises(DataError, match="--global-batch-size 23"):
         LengthGroupedSampler(tokenized(LENGTHS[:23]), 24)
     assert epoch_steps(LENGTHS[:24], 24, 2).shape == (1, 2, 12)
-
-
-def test_a_data_loader_cuts_steps_into_micro_batches():
-    data = tokenized(LENGTHS)
-    sampler = LengthGroupedSampler(data, 24, 2, 1)
-    loader = DataLoader(data, batch_size=4, sampler=sampler, collate_fn=dataset.collate)
-    sizes = [len(labels) for _, _, labels in loader]
-    assert sizes == [4] * (208 * 3) and len(loader) == len(sizes)
 
 
 def test_all_ranks_have_equally_much_to_do_and_little_of_it_is_padding():

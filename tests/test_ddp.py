@@ -1,6 +1,5 @@
 """What DDP promises, on real processes over gloo: pytest tests/test_ddp.py"""
 
-import json
 import re
 
 import numpy as np
@@ -8,10 +7,8 @@ import pytest
 import torch
 from ranks import ROOT, losses, run_ranks, train
 
-import dataset
-import utils
 from inference.model_loader import Classifier
-from model import Config, NewsClassifier, load_backbone
+from model import Config, NewsClassifier
 
 
 def flags(backbone, news, folder, *more):
@@ -30,15 +27,6 @@ def two_ranks(tiny_backbone, news_folder, tmp_path_factory):
 def test_ranks_end_with_the_same_bits(two_ranks):
     (zero, one), _ = two_ranks
     assert all(map(torch.equal, zero.seen["weights"], one.seen["weights"]))
-
-
-def test_ranks_train_on_disjoint_rows_in_another_order_every_epoch(two_ranks):
-    (zero, one), _ = two_ranks
-    for epoch in range(2):
-        shares = [{*rank.seen["rows"][epoch]} for rank in (zero, one)]
-        assert shares[0].isdisjoint(shares[1])
-        assert len(shares[0] | shares[1]) == 112  # of 114 rows: 14 full steps of 8
-    assert zero.seen["rows"][0] != zero.seen["rows"][1]
 
 
 def test_only_rank_0_prints_and_writes(two_ranks):
@@ -102,32 +90,3 @@ def test_ranks_that_hold_something_else_are_found_before_the_first_step(
     assert ranks[0].stderr.startswith(f"error: {what} differs: ")
     assert "rank 1" in ranks[0].stderr and ranks[0].stderr.count("\n") == 1
     assert not (tmp_path / "c" / "distilbert_agnews.pt").exists()
-
-
-def test_dropout_masks_differ_between_ranks_and_recur_for_the_same_step():
-    def draw(*place):
-        utils.seed_step(0, *place)
-        return torch.rand(100)
-
-    assert not torch.equal(draw(0, 0), draw(0, 1))  # step, rank
-    assert not torch.equal(draw(0, 0), draw(1, 0))
-    assert torch.equal(draw(2, 1), draw(2, 1))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_is_exact_at_any_world_size(tiny_backbone, news_folder, tmp_path, world_size):
-    # 53 test rows: neither 2, 3 nor 7 divides them
-    worker = ROOT / "tests" / "evaluate_rank.py"
-    ranks = run_ranks(world_size, [worker, tiny_backbone, news_folder], tmp_path)
-    assert all(rank.status == 0 for rank in ranks), [rank.stderr for rank in ranks]
-    answers = [json.loads(rank.stdout) for rank in ranks]
-    data = dataset.prepare_data(str(news_folder), tiny_backbone, 128, None, None)
-    torch.manual_seed(0)
-    model = load_backbone(tiny_backbone).eval()
-    correct = 0
-    for i in range(len(data.test)):  # one by one: no batches, no ranks
-        input_ids, mask, labels = dataset.collate([data.test[i]])
-        correct += int(model(input_ids, mask).argmax() == labels)
-    assert len(data.test) == 53
-    for answer in answers:
-        assert round(answer["accuracy"] * 53, 6) == correct

@@ -2,29 +2,19 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
 import yaml
 from fake_space import COMMIT, FakeSpace
-from ranks import ROOT, environment
+from ranks import ROOT, run
 
 from inference.model_loader import INT8_BIN, INT8_METADATA
 
-SENT = {
-    "Dockerfile",
-    "README.md",
-    "inference/requirements.txt",
-    "inference/app.py",
-    "inference/batcher.py",
-    "inference/model_loader.py",
-    "inference/index.html",
-    "checkpoints/tokenizer/tokenizer.json",
-    "checkpoints/distilbert_agnews.int8.xml",
-    "checkpoints/distilbert_agnews.int8.bin",
-    "checkpoints/distilbert_agnews.int8.json",
-}
+SENT = """Dockerfile README.md inference/requirements.txt inference/app.py inference/batcher.py
+inference/model_loader.py inference/index.html checkpoints/tokenizer/tokenizer.json
+checkpoints/distilbert_agnews.int8.xml checkpoints/distilbert_agnews.int8.bin
+checkpoints/distilbert_agnews.int8.json""".split()
 
 
 @pytest.fixture
@@ -41,21 +31,10 @@ def hub(exported):
 
 def deploy(checkpoints, hub, *flags, name="some-one/news", **extra):
     """The script by its path, from another folder, with no more than a user's environment."""
-    env = (
-        environment(
-            CHECKPOINT_DIR=str(checkpoints),
-            HF_ENDPOINT=hub.url,
-            HF_TOKEN="hf_secret",
-            HF_HUB_DISABLE_XET="1",
-            HF_HUB_OFFLINE="0",
-        )
-        | extra
-    )
-    del env["PYTHONPATH"]
-    command = [sys.executable, str(ROOT / "inference" / "deploy_space.py"), name, *flags]
-    done = subprocess.run(
-        command, cwd=checkpoints.parent, env=env, timeout=100, capture_output=True, text=True
-    )
+    env = {"CHECKPOINT_DIR": str(checkpoints), "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"} | extra
+    command = [sys.executable, ROOT / "inference" / "deploy_space.py", name, *flags]
+    done = run(command, checkpoints.parent, as_user=True, **env)
     assert "hf_secret" not in done.stdout + done.stderr
     return done
 
@@ -68,7 +47,7 @@ def error_of(done):
 
 def test_what_a_dry_run_lists_is_uploaded_and_the_space_is_asked(checkpoints, hub):
     listed = deploy(checkpoints, hub, "--dry-run").stdout
-    assert {line.split()[1] for line in listed.splitlines()[:-1]} >= SENT and hub.asked == []
+    assert {line.split()[1] for line in listed.splitlines()[:-1]} >= {*SENT} and hub.asked == []
     # an earlier commit's stages do not count, and a waking app answers with errors
     hub.stages = [("BUILD_ERROR", "f" * 40), ("BUILDING", COMMIT), ("RUNNING", COMMIT)]
     hub.app_statuses = [503, 404, 503]

@@ -1,12 +1,11 @@
 """One rank fails, and all end with its cause in the last line: pytest tests/test_faulty_rank.py"""
 
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from ranks import ROOT, environment
+from ranks import ROOT, run
 
 import errors
 
@@ -31,16 +30,9 @@ def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fau
     script = [ROOT / "tests" / "instrument.py", tmp_path, ROOT / "training" / "train_ddp.py"]
     flags = ["--model", tiny_backbone, "--data", news_folder, "--global-batch-size", 8]
     flags += ["--checkpoint-dir", tmp_path / "c"]
-    env = environment(FAULT=fault, TIMEOUT="10", GLOO_SOCKET_IFNAME="lo")
+    env = {"FAULT": fault, "TIMEOUT": "10", "GLOO_SOCKET_IFNAME": "lo"}
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *map(str, [*launch, *script, *flags])],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run([sys.executable, *launch, *script, *flags], tmp_path, **env)
     assert done.returncode not in (0, None)
     # the start, the time-out, and the 30 s that torchrun gives a rank which does not end
     assert time.monotonic() - began < 80

@@ -10,16 +10,7 @@ import run_record
 import utils
 from model import Config, NewsClassifier
 
-CONFIG = Config(
-    vocab_size=100,
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    hidden_dim=64,
-    dropout=0.0,
-    attention_dropout=0.0,
-    seq_classif_dropout=0.0,
-)
+CONFIG = Config(100, 512, 32, 2, 4, 64, dropout=0, attention_dropout=0, seq_classif_dropout=0)
 
 
 @pytest.fixture

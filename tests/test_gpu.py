@@ -1,12 +1,8 @@
 """The scripts on a CUDA device: pytest -m gpu"""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from ranks import ROOT, environment
+from ranks import ROOT, run_ranks, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,81 +10,42 @@ pytestmark = [
 ]
 
 
-def train(folder, backbone, news, *flags, processes=0):
-    """Runs train_single.py, or train_ddp.py with `processes` ranks; returns (output, record)."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    script = ROOT / "training" / ("train_ddp.py" if processes else "train_single.py")
-    report = folder / "report.json"
-    common = f"--model {backbone} --data {news} --checkpoint-dir {folder} --report {report} "
-    common += "--lr 5e-3 --global-batch-size 8 --max-eval-samples 20"
-    command = [sys.executable, *(launch if processes else []), script, *common.split(), *flags]
-    done = subprocess.run(
-        [*map(str, command)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return done, json.loads(report.read_text()) if report.exists() else None
+@pytest.fixture
+def run(tiny_backbone, news_folder, tmp_path):
+    """Runs train_single.py where world_size is 0, else train_ddp.py; returns rank 0."""
+
+    def run(world_size, *flags, **extra):
+        common = ["--model", tiny_backbone, "--data", news_folder, "--checkpoint-dir", tmp_path]
+        common += ["--lr", "5e-3", "--global-batch-size", 8, "--max-eval-samples", 20, *flags]
+        return train(world_size, common, tmp_path, CUBLAS_WORKSPACE_CONFIG=":4096:8", **extra)[0]
+
+    return run
 
 
-@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("world_size", [0, 1])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "auto"])
-def test_the_loss_falls_in_every_precision(
-    tiny_backbone, news_folder, tmp_path, precision, processes
-):
-    flags = ("--precision", precision, "--epochs", 3)
-    done, record = train(tmp_path, tiny_backbone, news_folder, *flags, processes=processes)
-    assert done.returncode == 0, done.stderr
-    assert record["device"] == "cuda"
-    assert record["backend"] == ("cpu:gloo,cuda:nccl" if processes else None)
+def test_the_loss_falls_in_every_precision(run, precision, world_size):
+    record = run(world_size, "--precision", precision, "--epochs", 3).record
+    assert record["device"] == "cuda" and record["peak_memory_mb"] > 0
+    assert record["backend"] == ("cpu:gloo,cuda:nccl" if world_size else None)
     assert record["epochs"][-1]["train_loss"] < record["epochs"][0]["train_loss"]
-    assert record["peak_memory_mb"] > 0
 
 
-def test_two_ranks_share_a_card_over_gloo(tiny_backbone, news_folder, tmp_path):
-    flags = ("--backend", "gloo", "--epochs", 2)
-    done, record = train(tmp_path, tiny_backbone, news_folder, *flags, processes=2)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_share_a_card_over_gloo(run):
+    record = run(2, "--backend", "gloo", "--epochs", 2).record
     assert (record["world_size"], record["backend"], record["device"]) == (2, "gloo", "cuda")
     assert record["epochs"][1]["train_loss"] < record["epochs"][0]["train_loss"]
 
 
-def test_more_processes_than_gpus_is_one_line(tiny_backbone, news_folder, tmp_path):
-    more = torch.cuda.device_count() + 1
-    done, _ = train(tmp_path, tiny_backbone, news_folder, processes=more)
-    assert done.returncode != 0
-    assert f"error: {more} processes, but {more - 1} GPU" in done.stderr
+def test_more_processes_than_gpus_is_one_line(tmp_path):
+    gpus = torch.cuda.device_count()
+    script = [ROOT / "training" / "train_ddp.py"]
+    ranks = run_ranks(gpus + 1, script, tmp_path, TORCHELASTIC_RUN_ID="a run")
+    assert f"error: {gpus + 1} processes, but {gpus} GPU" in ranks[0].stderr
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_stopped_run_resumes(tiny_backbone, news_folder, tmp_path, precision):
-    instrument = [sys.executable, ROOT / "tests" / "instrument.py", tmp_path]
-    command = [
-        *instrument,
-        ROOT / "training" / "train_single.py",
-        "--model",
-        tiny_backbone,
-        "--data",
-        news_folder,
-        "--checkpoint-dir",
-        tmp_path,
-        "--precision",
-        precision,
-        "--global-batch-size",
-        8,
-        "--max-eval-samples",
-        20,
-        "--epochs",
-        2,
-    ]
-    env = environment(STOP_AT_STEP="5", CUBLAS_WORKSPACE_CONFIG=":4096:8")
-    done = subprocess.run(
-        [*map(str, command)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 143, done.stderr
+def test_a_stopped_run_resumes(run, precision):
     flags = ("--precision", precision, "--epochs", 2)
-    done, record = train(tmp_path, tiny_backbone, news_folder, *flags)
-    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
-    assert record["resumed_at"] == [5]
+    run(0, *flags, status=143, STOP_AT_STEP="5")
+    assert run(0, *flags).record["resumed_at"] == [5]

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 from ranks import ROOT, environment
-from server import wait_until_healthy
+from server import UVICORN, process
 
 SERVING = ROOT / "inference" / "kubernetes.yaml"
 TRAINJOB = ROOT / "training" / "cluster" / "trainjob.yaml"
@@ -129,19 +128,12 @@ def test_two_pods_train_together(path, calm_backbone, news_folder, tmp_path):
 @pytest.fixture(scope="module")
 def pod(exported):
     """The server, with nothing but / as a file system, and that read-only if the file says so."""
-    command = [sys.executable, "-m", "uvicorn", "inference.app:app", "--port", "0"]
-    log = exported / "server.log"
+    command = UVICORN
     if os.geteuid() == 0 and API["securityContext"]["readOnlyRootFilesystem"]:
         inside = 'mount -o remount,bind,ro / && exec "$@"'
-        command = ["unshare", "--mount", "sh", "-c", inside, "sh", *command]
-    with open(log, "w") as file:
-        env = environment(CHECKPOINT_DIR=str(exported))
-        server = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)
-    try:
-        yield wait_until_healthy(server, log), server
-    finally:
-        server.kill()
-        server.wait()
+        command = ["unshare", "--mount", "sh", "-c", inside, "sh", *UVICORN]
+    with process(exported, command=command) as (url, server):
+        yield url, server
 
 
 def test_probes_and_metrics_are_answered(pod):
@@ -154,16 +146,6 @@ def test_probes_and_metrics_are_answered(pod):
         assert urllib.request.urlopen(url + path, timeout=10).status == 200
     metrics = urllib.request.urlopen(url + notes["prometheus.io/path"]).read().decode()
     assert 'requests_total{route="/health"' in metrics
-
-
-def test_a_pod_has_the_threads_of_its_limit():
-    for resources in (
-        API["resources"],
-        documents(TRAINJOB)["TrainJob"]["spec"]["trainer"]["resourcesPerNode"],
-    ):
-        cores = resources["limits"]["cpu"]
-        assert cores == resources["requests"]["cpu"]  # what is not requested can be throttled
-        assert cores == str(int(cores))  # a fraction is rounded up to one more thread
 
 
 def test_sigterm_ends_the_server_within_the_grace_period(pod):

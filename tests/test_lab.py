@@ -1,11 +1,10 @@
 """Each experiment of the lab shows its damage: pytest tests/test_lab.py"""
 
 import re
-import subprocess
 import sys
 
 import pytest
-from ranks import ROOT, environment
+from ranks import ROOT, run
 
 # experiment: (found in the right variant, found in the broken one)
 SHOWN = {
@@ -24,10 +23,7 @@ SHOWN = {
 
 
 def lab(*names: str) -> str:
-    command = [sys.executable, "training/lab.py", *names]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100
-    )
+    done = run([sys.executable, "training/lab.py", *names], ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 

@@ -31,16 +31,8 @@ def launch(tmp_path):
         inherited = {k: v for k, v in environment().items() if k not in SETTINGS}
         command = [*prefix, "bash", folder / "run_ddp.sh"]
         settings = {"NPROC_PER_NODE": "2", "PYTHON": sys.executable} | env
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=inherited | settings,
-            stdout=pipe,
-            stderr=stderr,
-            text=True,
-            process_group=0,
-        )
+        how = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True, "process_group": 0}
+        return subprocess.Popen(command, cwd=tmp_path, env=inherited | settings, **how)
 
     return start
 

@@ -33,10 +33,6 @@ def variant(calm_backbone, news_folder, tmp_path):
     return run
 
 
-def rows_of(rank, epoch):
-    return {*rank.seen["rows"][epoch]}
-
-
 def test_1_a_process_that_believes_to_be_the_only_one_finds_no_share_for_its_rank(variant):
     ranks = "rank, local_rank, world_size = utils.torchrun_ranks()"
     (_, one), _ = variant((ranks, f"{ranks}; world_size = 1"), status=1)
@@ -60,30 +56,6 @@ def test_2_without_the_comparison_ranks_train_on_different_rows(variant):
     assert ranks[0].status == 0  # nothing told
     ranks, _ = variant(cut, status=1)
     assert "the training data differs" in ranks[0].stderr
-
-
-def test_3_without_set_epoch_every_epoch_has_the_same_order(variant):
-    (zero, _), _ = variant(("sampler.set_epoch(epoch)", "pass"))
-    assert zero.seen["rows"][0] == zero.seen["rows"][1]
-
-
-def test_3_without_a_share_of_its_own_every_rank_trains_on_the_same_rows(variant):
-    (zero, one), _ = variant(("num_replicas=world_size, rank=rank", "num_replicas=2, rank=0"))
-    assert rows_of(zero, 0) == rows_of(one, 0)
-
-
-def test_4_without_the_wrapper_the_models_diverge(variant):
-    wrapper = part("model = DistributedDataParallel(", "writer = ")
-    (zero, one), _ = variant((wrapper, "    model = raw_model\n"), more=["--max-steps", 3])
-    assert not all(map(torch.equal, zero.seen["weights"], one.seen["weights"]))
-
-
-def test_5_without_no_sync_every_micro_batch_is_all_reduced(variant):
-    more = ("--micro-batch-size", 1, "--max-steps", 3)  # four a step
-    (right, _), _ = variant(more=more, COUNT_BUCKETS="1")
-    always = ("nullcontext() if last else model.no_sync()", "nullcontext()")
-    (zero, _), _ = variant(always, more=more, COUNT_BUCKETS="1")
-    assert zero.seen["buckets"][1] == 4 * right.seen["buckets"][1]
 
 
 def test_6_without_the_sum_over_ranks_one_share_is_divided_by_all_rows(variant):

@@ -36,17 +36,7 @@ def batch():
 def theirs(config):
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    return DistilBertForSequenceClassification(
-        DistilBertConfig(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
-            dim=config.dim,
-            n_layers=config.n_layers,
-            n_heads=config.n_heads,
-            hidden_dim=config.hidden_dim,
-            num_labels=4,
-        )
-    ).eval()
+    return DistilBertForSequenceClassification(DistilBertConfig(**asdict(config))).eval()
 
 
 def test_the_state_dict_loads_strictly_into_transformers_and_gives_the_same_logits(batch):
@@ -57,10 +47,6 @@ def test_the_state_dict_loads_strictly_into_transformers_and_gives_the_same_logi
     expected = other(*batch).logits
     assert ours(*batch).shape == (3, 4)
     torch.testing.assert_close(ours(*batch), expected, atol=1e-6, rtol=1e-5)
-
-
-def test_a_model_of_transformers_loads_strictly_here():
-    NewsClassifier(TINY).load_state_dict(theirs(TINY).state_dict(), strict=True)
 
 
 def test_computing_only_the_first_token_of_the_last_layer_changes_no_gradient(batch):
@@ -146,95 +132,60 @@ def test_a_backbone_gets_the_head_of_its_seed(tiny_backbone):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
-def test_a_checkpoint_older_than_layer_norm_eps_still_loads():
-    old = asdict(TINY)
-    del old["layer_norm_eps"]
-    assert Config(**old) == TINY
-
-
 # Backbone folders as other tools write them
+
+
+SHAPES = {
+    "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"intermediate_size": 64, "layer_norm_eps": 1e-3},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+}
 
 
 def make_original(kind):
     """A small BERT or DistilBERT of transformers; its weights are exact in 16 bits, too."""
-    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+    from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(0)
-    if kind == "bert":
-        config = BertConfig(
-            vocab_size=100,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=40,
-            layer_norm_eps=1e-3,
-        )
-        original = BertModel(config).eval()
-    else:
-        config = DistilBertConfig(
-            vocab_size=100, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=40
-        )
-        original = DistilBertModel(config).eval()
+    config = AutoConfig.for_model(kind, vocab_size=100, max_position_embeddings=40, **SHAPES[kind])
+    original = AutoModel.from_config(config).eval()
     with torch.no_grad():
         for p in original.parameters():
             p.copy_((p + 0.1 * torch.randn_like(p)).bfloat16())
     return original
 
 
-def save_shards(weights, folder, suffix, save):
-    """The weights in two files and the index that lists them."""
-    names = sorted(weights)
-    weight_map = {name: f"part-{i % 2}.{suffix}" for i, name in enumerate(names)}
-    for file in set(weight_map.values()):
-        part = {name: weights[name] for name in names if weight_map[name] == file}
-        save(part, folder / file)
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+def as_first_released(weights, prefix):
+    """With all that bert-base-uncased and others hold beside what is read, in 16 bits."""
+    weights = {prefix + name: value.bfloat16() for name, value in weights.items()}
+    for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+        weights = {name.replace(new, old): value for name, value in weights.items()}
+    weights[f"{prefix}embeddings.position_ids"] = torch.arange(40)[None]
+    return weights | {"cls.predictions.bias": torch.ones(100), "my_head.weight": torch.ones(7, 32)}
 
 
-def with_heads(weights, prefix):
-    heads = {"cls.predictions.bias": torch.ones(100), "my_head.weight": torch.ones(7, 32)}
-    return {prefix + name: value for name, value in weights.items()} | heads
-
-
-def first_release(weights):
-    """The LayerNorm's weight and bias under the names that bert-base-uncased uses."""
-    return {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ): value
-        for name, value in weights.items()
-    }
-
-
-FORMS = {  # how a folder may hold the weights: (weights, folder, kind) -> None
-    "safetensors": lambda w, f, kind: save_file(w, f / "model.safetensors"),
-    "gamma and beta": lambda w, f, kind: save_file(first_release(w), f / "model.safetensors"),
-    "position_ids": lambda w, f, kind: save_file(
-        w | {"embeddings.position_ids": torch.arange(40)[None]}, f / "model.safetensors"
+FORMS = {  # how a folder may hold the weights: (original, folder, kind) -> None
+    "safetensors": lambda model, f, kind: model.save_pretrained(f),
+    "shards": lambda model, f, kind: model.save_pretrained(f, max_shard_size="20KB"),
+    "torch.save": lambda model, f, kind: torch.save(model.state_dict(), f / "pytorch_model.bin"),
+    "as first released": lambda model, f, kind: save_file(
+        as_first_released(model.state_dict(), f"{kind}."), f / "model.safetensors"
     ),
-    "heads": lambda w, f, kind: save_file(with_heads(w, f"{kind}."), f / "model.safetensors"),
-    "heads, no prefix": lambda w, f, kind: save_file(with_heads(w, ""), f / "model.safetensors"),
-    "torch.save": lambda w, f, kind: torch.save(w, f / "pytorch_model.bin"),
-    "shards": lambda w, f, kind: save_shards(w, f, "safetensors", save_file),
-    "torch.save, shards": lambda w, f, kind: save_shards(w, f, "bin", torch.save),
-    "half precision": lambda w, f, kind: save_file(
-        {name: value.bfloat16() for name, value in w.items()}, f / "model.safetensors"
+    "no prefix": lambda model, f, kind: save_file(
+        as_first_released(model.state_dict(), ""), f / "model.safetensors"
     ),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("kind", SHAPES)
 def test_a_folder_loads_as_in_transformers(kind, form, tiny_backbone, batch, tmp_path):
     from transformers import AutoModel
 
     original = make_original(kind)
     original.config.save_pretrained(tmp_path)
     shutil.copy(tiny_backbone / "tokenizer.json", tmp_path)
-    FORMS[form](original.state_dict(), tmp_path, kind)
+    FORMS[form](original, tmp_path, kind)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ours = load_backbone(tmp_path).eval()
     input_ids, mask = batch
@@ -244,16 +195,6 @@ def test_a_folder_loads_as_in_transformers(kind, form, tiny_backbone, batch, tmp
             expected = model(input_ids, attention_mask=mask.long()).last_hidden_state[mask]
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
-
-
-def test_the_encoder_is_found_behind_any_prefix(tiny_backbone, tmp_path):
-    shutil.copytree(tiny_backbone, tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights = {f"module.{name}": value for name, value in weights.items()}
-    save_file(weights, tmp_path / "model.safetensors")
-    found = load_backbone(tmp_path).distilbert.state_dict()
-    expected = load_backbone(tiny_backbone).distilbert.state_dict()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # Backbone folders that must be refused
@@ -279,9 +220,9 @@ def only_bin(folder, content):
 
 
 def lose_a_shard(folder):
-    save_shards(load_file(folder / "model.safetensors"), folder, "safetensors", save_file)
     (folder / "model.safetensors").unlink()
-    (folder / "part-1.safetensors").unlink()
+    make_original("distilbert").save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model-00002-of-00005.safetensors").unlink()
 
 
 def without_tokenizer(folder):
@@ -310,28 +251,16 @@ BROKEN = {  # what is wrong -> (how it is made, a word that the message must hol
     "heads": (lambda f: edit_config(f, n_heads=5), "5 attention heads"),
     "layers": (lambda f: edit_config(f, n_layers=1), "config.json"),
     "type": (lambda f: edit_config(f, dim="wide"), "dim is 'wide'"),
-    "list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
-    "no UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "no tokenizer": (without_tokenizer, "tokenizer.json or vocab.txt"),
-    "no shard": (lose_a_shard, "part-1.safetensors"),
-    "index": (
-        lambda f: (
-            (f / "model.safetensors").unlink(),
-            (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
-        ),
-        "usable",
-    ),
+    "no shard": (lose_a_shard, "model-00002-of-00005.safetensors"),
     "truncated": (truncate, "model.safetensors"),
-    "empty": (lambda f: write_weights(f, b""), "model.safetensors"),
     "LFS": (lambda f: write_weights(f, LFS_POINTER), "git lfs pull"),
     "pickle": (lambda f: only_bin(f, {"model": Dropout(0.1)}), "pytorch_model.bin"),
-    "tensor": (lambda f: only_bin(f, torch.ones(3)), "pytorch_model.bin"),
     "nested": (lambda f: only_bin(f, {"state_dict": {}}), "word_embeddings"),
     "NaN": (lambda f: edit_weights(f, lambda t: t.fill_(float("nan"))), "layer.1.ffn.lin1"),
-    "Inf": (lambda f: edit_weights(f, lambda t: t.double() * 1e60), "layer.1.ffn.lin1"),
     "int8": (lambda f: edit_weights(f, lambda t: t.to(torch.int8)), "int8"),
     "missing": (lambda f: edit_weights(f, lambda t: None), "layer.1.ffn.lin1"),
     "shape": (lambda f: edit_weights(f, lambda t: t[:-1].clone()), "layer.1.ffn.lin1"),
@@ -348,15 +277,6 @@ def test_a_broken_folder_is_refused_in_one_line_that_names_it(broken, tiny_backb
         load_backbone(find_backbone(str(folder))[0])
     message = str(refused.value)
     assert str(folder) in message and word in message and "\n" not in message
-
-
-def test_a_folder_without_a_tokenizer_is_refused_before_texts_are_tokenized(
-    tiny_backbone, tmp_path
-):
-    shutil.copytree(tiny_backbone, tmp_path, dirs_exist_ok=True)
-    without_tokenizer(tmp_path)
-    with pytest.raises(ModelError, match="tokenizer.json or vocab.txt"):
-        find_backbone(str(tmp_path))
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tiny_backbone, monkeypatch):

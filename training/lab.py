@@ -8,14 +8,13 @@ Each imports the real code and changes one thing, which is printed as a two-line
 on made-up rows, so that nothing is downloaded; what breaks is the same at any size.
 """
 
-import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -311,21 +310,16 @@ def run_rank(rank: int, names: list[str], place: str, report: Path | None) -> No
         seconds[name] = round(time.perf_counter() - t0, 1)
         print0(f"    took {seconds[name]} s")
     if rank == 0 and report:
-        record = {"script": "lab", "seconds": seconds, "host": machine.host(torch.device("cpu"))}
+        record = {"script": "lab", "seconds": seconds, "host": machine.host()}
         report.write_text(json.dumps(record, indent=1) + "\n")
     utils.cleanup_distributed()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"tour, {', '.join(EXPERIMENTS)}")
     parser.add_argument("--report", type=Path, help="write the seconds of each to this file")
-    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)  # how main starts itself twice
     args = parser.parse_args()
-    if args.rank:
-        return run_rank(int(args.rank[0]), args.names, args.rank[1], args.report)
     if unknown := [name for name in args.names if name not in {*EXPERIMENTS, "tour"}]:
         sys.exit(f"error: no experiment {unknown[0]}; without a name all are listed")
     if not args.names:
@@ -334,13 +328,9 @@ def main() -> None:
         if not sys.stdin.isatty() or input("Enter: take the tour; q: leave ").strip():
             return
     names = [*EXPERIMENTS] if args.names in ([], ["tour"]) else args.names
-    env = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"} | os.environ
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, __file__, *names]
-        command += ["--report", args.report] if args.report else []
-        command += ["--rank"]
-        ranks = [subprocess.Popen([*command, str(r), place], env=env) for r in range(2)]
-        sys.exit(max(rank.wait() for rank in ranks))
+        torch.multiprocessing.spawn(run_rank, (names, place, args.report), nprocs=2)
 
 
 if __name__ == "__main__":

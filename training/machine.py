@@ -8,11 +8,13 @@ import math
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,9 +99,9 @@ def hub_answers(seconds: float = 5) -> bool:
     return bool(answers)
 
 
-def host(device: "torch.device") -> str:
+def host(device: "torch.device | None" = None) -> str:
     """The machine in a few words: its GPU, or its CPU and the cores that this process may use."""
-    if device.type == "cuda":
+    if device and device.type == "cuda":
         import torch
 
         return torch.cuda.get_device_name(device)
@@ -124,6 +126,18 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def record_header(device: "torch.device | None" = None) -> dict:
+    """What every record of a `python -m ...` begins with: what ran, when, where, on what."""
+    module = sys.modules["__main__"].__spec__.name
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "host": host(device),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
 
 
 def peak_memory_mb(device: "torch.device") -> float:

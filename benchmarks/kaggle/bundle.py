@@ -8,25 +8,16 @@ kaggle kernels output USER/distrinews -p build/kaggle/out     # when it has run
 """
 
 import base64
-import io
 import json
 import lzma
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "kaggle"
-CONTENT = [
-    "training",
-    "benchmarks",
-    "docs",
-    "README.md",
-    "requirements.txt",
-    "requirements-dev.txt",
-]
+CONTENT = "training benchmarks docs README.md requirements.txt requirements-dev.txt".split()
 
 KERNEL = '''"""DistriNews on Kaggle, made by `make kaggle` from commit {commit}. Choose GPU T4 x2.
 
@@ -77,13 +68,11 @@ def git(*args: str) -> str:
 
 
 def content() -> bytes:
-    """The tracked files of CONTENT as they are now, with the commit that the records will name."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w") as files:
-        for name in sorted(git("ls-files", *CONTENT).split("\n")[:-1]):
-            if not name.startswith("benchmarks/plots/"):
-                files.add(ROOT / name, name)
-    return lzma.compress(packed.getvalue())
+    """The tracked files of CONTENT as they are now."""
+    tree = git("stash", "create").strip() or "HEAD"  # with changes that are not committed
+    command = ["git", "archive", tree, *CONTENT, ":!benchmarks/plots"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return lzma.compress(done.stdout)
 
 
 def main(out: Path = OUT) -> None:
@@ -104,10 +93,6 @@ def main(out: Path = OUT) -> None:
         "enable_gpu": True,
         "enable_internet": True,
         "machine_shape": "NvidiaTeslaT4",  # two of them
-        "dataset_sources": [],
-        "model_sources": [],
-        "competition_sources": [],
-        "kernel_sources": [],
     }
     (out / "kernel-metadata.json").write_text(json.dumps(metadata, indent=1) + "\n")
     place = os.path.relpath(out)

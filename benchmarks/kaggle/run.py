@@ -6,7 +6,6 @@ python -m benchmarks.kaggle.run WORKING [--quick] [--model NAME]
 records and pages end up in WORKING.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -14,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from statistics import median
 
@@ -55,26 +55,13 @@ def install() -> None:
 
 def preflight(processes: int) -> dict:
     """A timed all-reduce, and the environment with which it works; raises if none does."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "benchmarks/kaggle/preflight.py",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "benchmarks/kaggle/preflight.py"]
     for extra in ATTEMPTS:
         print(f"\nall-reduce between {processes} processes with {extra or 'no settings'}:", end=" ")
-        env = os.environ | extra | {"NCCL_DEBUG": "INFO"}
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env,
-            text=True,
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        how = {"cwd": ROOT, "env": os.environ | extra | {"NCCL_DEBUG": "INFO"}, "text": True}
+        how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, **how)
         try:
             said, _ = process.communicate(timeout=90)
         except subprocess.TimeoutExpired:
@@ -108,40 +95,19 @@ def levers(flags: list, gpus: list, quick: bool) -> None:
         one_gpu = how == "one GPU"
         script = [sys.executable, "training/train_single.py"] if one_gpu else BASH
         visible = {"CUDA_VISIBLE_DEVICES": "0" if gpus else ""} if one_gpu else {}
-        run(
-            *script,
-            *flags,
-            ROOT / "runs" / "lever",
-            "--max-steps",
-            steps,
-            *more,
-            "--max-eval-samples",
-            64,
-            "--report",
-            report,
-            **visible,
-        )
+        more = [*more, "--max-steps", steps, "--max-eval-samples", 64, "--report", report]
+        run(*script, *flags, ROOT / "runs" / "lever", *more, **visible)
         record = json.loads(report.read_text())
         rates = [point["samples_per_second"] for point in record["curve"]]
-        rows.append(
-            {
-                "how": how,
-                "flags": " ".join(more),
-                "steps": steps,
-                "samples_per_second": median(rates[2:]),
-                "global_batch_size": record["global_batch_size"],
-                "host": record["host"],
-            }
-        )
+        row = {"how": how, "flags": " ".join(LEVERS[how]), "samples_per_second": median(rates[2:])}
+        rows.append(row | {name: record[name] for name in ("global_batch_size", "host")})
         speedup = rows[-1]["samples_per_second"] / rows[0]["samples_per_second"]
         print(f"{how}: {rows[-1]['samples_per_second']:,.0f} samples/s, {speedup:.2f} x one GPU")
     (RESULTS / "kaggle_levers.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("working", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", help="instead of distilbert-base-uncased")
@@ -162,25 +128,13 @@ def main() -> None:
     speed = ["--model", model, *(["--quick"] if args.quick else ["--minutes", "30"])]
     data = ["--data", "sample", "--epochs", "1", "--global-batch-size", "16"] if args.quick else []
     flags = ["--model", model, *data, "--fresh", "--checkpoint-dir"]
-    run(
-        sys.executable,
-        "training/train_single.py",
-        *flags,
-        args.working / "checkpoints_single",
-        "--report",
-        RESULTS / "kaggle_single.json",
-        CUDA_VISIBLE_DEVICES="0" if gpus else "",
-    )
+    single = [sys.executable, "training/train_single.py", *flags]
+    single += [args.working / "checkpoints_single", "--report", RESULTS / "kaggle_single.json"]
+    run(*single, CUDA_VISIBLE_DEVICES="0" if gpus else "")
     run(*BASH, *flags, args.working / "checkpoints", "--report", RESULTS / "kaggle_ddp.json")
     levers(flags, gpus, args.quick)
-    run(
-        sys.executable,
-        "-m",
-        "benchmarks.bench_training",
-        *speed,
-        "--out",
-        RESULTS / "training_speed_kaggle.json",
-    )
+    speed += ["--out", RESULTS / "training_speed_kaggle.json"]
+    run(sys.executable, "-m", "benchmarks.bench_training", *speed)
     run(sys.executable, "-m", "benchmarks.report")
     for kept in ("results", "plots", "single_gpu.md", "ddp_2gpu.md"):
         source, target = ROOT / "benchmarks" / kept, args.working / "benchmarks" / kept

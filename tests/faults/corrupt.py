@@ -7,7 +7,6 @@ version, a pickle that wants to run code. The last two get a valid hash, so that
 hash is tried too.
 """
 
-import argparse
 import json
 import pickle
 import random
@@ -15,13 +14,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
 
+from benchmarks.figures import write_record
 from inference.model_loader import LoadError, torch_engine
 from tests import fakes
-from tests.ranks import ROOT, environment
+from tests.ranks import environment
 from training import checkpoint, machine
 
 WAYS = ("truncated", "flipped", "zeroed", "swapped", "older", "code")
@@ -36,17 +37,8 @@ class Evil:
         return Path.touch, (self.trace,)
 
 
-def train(folder: Path, backbone: Path, news: Path, *more) -> None:
-    flags = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, *more]
-    flags += ["--global-batch-size", 8]
-    command = [sys.executable, ROOT / "training" / "train_single.py", *flags]
-    subprocess.run(
-        [*map(str, command)], cwd=folder.parent, env=environment(), check=True, capture_output=True
-    )
-
-
 def unfinished(folder: Path, backbone: Path, news: Path) -> None:
-    """A folder with last.pt and the save before it, as a run that was killed leaves it."""
+    """The folder of a run that was killed at its very end: a model, last.pt, the save before it."""
     code = "import checkpoint; checkpoint.release_folder = lambda path: None; "
     code += "import train_single; train_single.main()"
     flags = f"--model {backbone} --data {news} --checkpoint-dir {folder} --max-steps 8 "
@@ -96,9 +88,7 @@ def corrupt(path: Path, other: Path, way: str, chance: random.Random, trace: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -109,7 +99,6 @@ def main() -> None:
         backbone = fakes.make_backbone(place / "tiny", 0.1)
         news = fakes.make_news(place / "news")
         whole = place / "whole"
-        train(whole, backbone, news, "--max-steps", 8)
         unfinished(whole, backbone, news)
         recipe = checkpoint.load_checkpoint(whole / "last.pt", LAST_KEYS)["recipe"]
         for number in range(args.times):
@@ -147,17 +136,7 @@ def main() -> None:
     )
     print(f"{good} of {len(found)} refused with one line; no code ran")
     if args.out:
-        figures = {
-            "script": "faults_corrupt",
-            "seed": args.seed,
-            "files": found,
-            "command": f"python -m tests.faults.corrupt --times {args.times}",
-            "host": machine.host(torch.device("cpu")),
-            "versions": machine.versions(),
-            "git_commit": machine.git_commit(),
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+        write_record(args.out, machine.record_header() | {"files": found})
     sys.exit(good != len(found))
 
 

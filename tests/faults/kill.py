@@ -7,7 +7,6 @@ rank is started again by torchrun (MAX_RESTARTS); after the launcher's death the
 given again.
 """
 
-import argparse
 import json
 import os
 import random
@@ -16,10 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+import psutil
 import torch
 
+from benchmarks.figures import write_record
 from tests import fakes
 from tests.ranks import ROOT, environment
 from training import checkpoint, machine
@@ -29,17 +31,8 @@ STEPS = 420  # of a run: about five seconds, once it has started
 
 def processes(mark: str) -> dict[int, str]:
     """Those whose environment has FAULT_RUN=mark: their pid, and their RANK if they have one."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
-        except OSError:
-            continue
-        if f"FAULT_RUN={mark}".encode() in variables and not zombie:
-            ranks = [v[5:].decode() for v in variables if v.startswith(b"RANK=")]
-            found[int(folder.name)] = ranks[0] if ranks else ""
-    return found
+    found = {p: p.info["environ"] or {} for p in psutil.process_iter(["environ"])}
+    return {p.pid: env.get("RANK", "") for p, env in found.items() if env.get("FAULT_RUN") == mark}
 
 
 class Run:
@@ -91,42 +84,22 @@ def kill_once(run: Run, chance: random.Random) -> dict:
         run.wait_for(temporary.exists, pause=0.0002)
     else:
         time.sleep(max(0.0, began + after - time.monotonic()))
-    found = {
-        "victim": victim,
-        "in_save": in_save,
-        "after_seconds": time.monotonic() - began,
-        "saving": temporary.exists(),
-    }
+    found = {"victim": victim, "saving": temporary.exists()}
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:  # the run was faster
         found["victim"] = "none: it had ended"
-    again = 0
     if victim == "torchrun":
         run.process.wait()
-        gone = run.wait_for(lambda: not processes(run.mark), 10)
-        found["ranks_gone_with_it"] = gone
-        found["loadable"] = loadable(run.last)
+        run.wait_for(lambda: not processes(run.mark), 10)
         run.start()
-        again = 1
     try:
         status = run.process.wait(200)
     except subprocess.TimeoutExpired:
         status = "hangs"
         for pid in processes(run.mark):
             os.kill(pid, signal.SIGKILL)
-    return found | {"status": status, "same_command_again": again}
-
-
-def loadable(last: Path) -> bool:
-    """Whether what stands at last.pt's place, if anything, can be read."""
-    if not last.exists():
-        return True
-    try:
-        checkpoint.load_checkpoint(last, checkpoint.LAST_KEYS)
-    except checkpoint.CheckpointError:
-        return False
-    return True
+    return found | {"status": status}
 
 
 def weights(run: Run) -> dict:
@@ -141,9 +114,7 @@ def left_behind(run: Run) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -173,18 +144,7 @@ def main() -> None:
     good = sum(one.get("equal", False) and not one["left_behind"] for one in kills)
     print(f"{good} of {len(kills)} ended as the undisturbed run did, with nothing left behind")
     if args.out:
-        record = {
-            "script": "faults_kill",
-            "seed": args.seed,
-            "steps": STEPS,
-            "kills": kills,
-            "command": f"python -m tests.faults.kill --kills {args.kills} --seed {args.seed}",
-            "host": machine.host(torch.device("cpu")),
-            "versions": machine.versions(),
-            "git_commit": machine.git_commit(),
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(args.out, machine.record_header() | {"steps": STEPS, "kills": kills})
     sys.exit(good != len(kills))
 
 

@@ -5,7 +5,6 @@ python -m tests.faults.serve [--checkpoint-dir checkpoints] [--engine torch|int8
 Needs a trained checkpoint, as `make demo` leaves one; texts from AG_NEWS_DIR or else the sample.
 """
 
-import argparse
 import asyncio
 import json
 import multiprocessing
@@ -14,16 +13,17 @@ import random
 import re
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks.figures import write_record
 from inference.model_loader import CHECKPOINTS, Classifier, LoadError
 from tests.server import process
 from training import machine
@@ -299,9 +299,7 @@ async def attack(port, master, texts, expected, args) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint-dir", type=Path, default=CHECKPOINTS)
     parser.add_argument("--engine", choices=list(TOLERANCE), default="torch")
     parser.add_argument("--requests", type=int, default=30_000)
@@ -319,20 +317,17 @@ def main() -> None:
     checkpoints = args.checkpoint_dir.resolve()
     with process(checkpoints, "--no-access-log", ENGINE=args.engine) as (url, master):
         found = asyncio.run(attack(urlsplit(url).port, master, texts, expected, args))
-    record = {
-        "script": "faults_serve",
-        "host": machine.host(torch.device("cpu")),
-        "versions": machine.versions(),
-        "git_commit": machine.git_commit(),
-        "engine": args.engine,
-        "texts": f"folder {Path(folder).name}" if folder else "sample",
-        "model": classifier.info["backbone"],
-        "command": f"python -m tests.faults.serve --engine {args.engine} --requests "
-        f"{args.requests} --bodies {args.bodies}",
-    } | found
+    record = (
+        machine.record_header()
+        | {
+            "engine": args.engine,
+            "texts": f"folder {Path(folder).name}" if folder else "sample",
+            "model": classifier.info["backbone"],
+        }
+        | found
+    )
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(args.out, record)
     down = record["going_down"]
     good = (
         all(off < ANOTHER_TEXT for _, off in record["load"]["wrong"])
