@@ -47,8 +47,9 @@ def one_line(caught):
         (["--max-length", "4"], "8 to 512"),
         (["--lr", "nan"], "above 0"),
         (["--warmup", "2"], "0 to 1"),
-        (["--dropout", "1"], "below 1"),
+        (["--dropout", "0.999999"], "0 to 0.99"),
         (["--seed", "-1"], "at least 0"),
+        (["--seed", str(2**64)], "below 2^63"),
         (["--epochs", "1", "--no-such-flag"], "--no-such-flag; --help lists all flags"),
         (["--epochs", "two"], "invalid int value"),
         (["--precision", "fp16"], "needs a GPU"),
@@ -82,6 +83,18 @@ def test_the_micro_batch_is_what_fits_and_accumulation_is_the_rest():
     assert split(256, None, 2) == (32, 4)
     assert split(256, None, 2, "cuda") == (128, 1)
     assert split(255, None, 3) == (17, 5)  # the largest divisor of 85 up to 32
+
+
+@pytest.mark.parametrize("value, seconds", [(None, 600), ("", 600), ("5", 5), ("30m", 0)])
+def test_the_time_out_of_a_collective_is_a_number_of_seconds(monkeypatch, value, seconds):
+    monkeypatch.delenv("TIMEOUT", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TIMEOUT", value)
+    if seconds:
+        assert utils.collective_timeout().total_seconds() == seconds
+    else:
+        with pytest.raises(utils.UsageError, match="TIMEOUT=30m: expected"):
+            utils.collective_timeout()
 
 
 def test_nccl_without_a_gpu(monkeypatch):

@@ -68,16 +68,23 @@ def test_the_forms_in_circulation_read_alike(tmp_path, name, encoding, file):
     assert examples.ignored == (["(unnamed)"] if "index" in name else [])
 
 
+def test_labels_that_pandas_wrote_as_floats_are_read(tmp_path):
+    lines = ["text\tlabel", *(f"{text}\t{label}.0" for text, label in ROWS)]
+    write(tmp_path / "train.tsv.gz", lines)
+    assert rows(dataset.read_split(tmp_path, "train")) == ROWS
+
+
 def test_quoted_newlines_windows_line_ends_blank_lines_and_words_like_na_are_read(tmp_path):
     lines = ["text,label\r", "NA,0\r", '"two\r\nlines",1\r', "\r", "null,2\r", "nul\0,3\r"]
     found = rows(dataset.read_examples(write(tmp_path / "train.csv", lines)))
     assert found == [("NA", 0), ("two\r\nlines", 1), ("null", 2), ("nul\0", 3)]
 
 
-@pytest.mark.parametrize("file", ["train.jsonl", "train.json", "train.jsonl.gz"])
+@pytest.mark.parametrize("file", ["train.jsonl", "train.json", "train.jsonl.gz", "train.json.gz"])
 def test_json_lines_read_like_csv(tmp_path, file):
     lines = [json.dumps({"label_text": "-", "label": y, "text": x}) for x, y in ROWS]
-    examples = dataset.read_examples(write(tmp_path / file, lines))
+    write(tmp_path / file, lines)
+    examples = dataset.read_split(tmp_path, "train")
     assert rows(examples) == ROWS and examples.ignored == ["label_text"]
 
 
@@ -172,6 +179,7 @@ def test_a_mistake_in_parquet_is_one_line_that_names_file_and_row(
         ('{"text": null, "label": 1}', "line 2: no text"),
         ('{"text": "\\ud800", "label": 1}', "line 2: expected a JSON object"),
         ("{", "line 2: expected a JSON object"),
+        ("[1]", "line 2: expected a JSON object per line; found a JSON list"),
         ("[" * 100_000, "line 2: expected a JSON object"),
     ],
 )
@@ -263,8 +271,16 @@ def test_an_explicit_choice_never_falls_back(nowhere, monkeypatch):
     with pytest.raises(DataError):
         dataset.read_source("ag_news")
     monkeypatch.setenv("AG_NEWS_DIR", str(nowhere / "typo"))
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="AG_NEWS_DIR=.*no such folder"):
         dataset.read_source("auto")
+
+
+def test_a_kaggle_input_that_is_not_taken_is_named_with_its_fault(nowhere):
+    lines = form("kaggle")
+    write(nowhere / "kaggle" / "ag-news" / "train.csv", [*lines, "2,,"])
+    write(nowhere / "kaggle" / "ag-news" / "test.csv", lines)
+    _, _, source, why = dataset.read_source("auto")
+    assert source == "sample" and f"line {len(lines) + 1}: no text" in why and "Hub" in why
 
 
 # Splits and tokens
@@ -323,6 +339,21 @@ def test_a_tokenizer_that_is_missing_corrupted_or_another_is_one_line(
         dataset.tokenize(["eins zwei drei vier"], tiny_backbone, 128)
 
 
+@pytest.mark.parametrize(
+    "words, says", [(40, "has 40 tokens, the weights have 65"), (0, "cannot be used")]
+)
+def test_a_vocabulary_that_was_cut_short_is_refused(tmp_path, tiny_backbone, words, says):
+    folder = shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in [*vocabulary][:words]))
+    if not words:
+        (folder / "config.json").unlink()
+    with pytest.raises(DataError, match=says) as caught:
+        dataset.tokenize(["the bank"], folder, 128)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     """An empty cache, and a list that grows with each tokenisation."""
@@ -339,7 +370,7 @@ def cache(monkeypatch, tmp_path):
 
 def test_texts_are_tokenised_once_for_all_processes(cache, tiny_backbone):
     calls, _ = cache
-    texts, results = ["new shares rose"] * 50, []
+    texts, results = ["new shares of the bank"] * 50, []
 
     def work():
         results.append(dataset.cached_tokens(texts, tiny_backbone, 128)[0])

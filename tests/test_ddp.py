@@ -73,13 +73,13 @@ def test_compression_and_sparse_embeddings_train_alike(calm_backbone, news_folde
     assert all(map(torch.equal, small.seen["weights"], other.seen["weights"]))
 
 
-@pytest.mark.parametrize("what", ["the training data", "--model", "--lr", "--save-every"])
+@pytest.mark.parametrize("what", ["the data or --max-*-samples", "--model", "--lr", "--save-every"])
 def test_ranks_that_hold_something_else_are_found_before_the_first_step(
     tiny_backbone, calm_backbone, news_folder, tmp_path, what
 ):
     run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 2)
     other = {
-        "the training data": ["--max-eval-samples", "19"],  # only the test rows differ
+        "the data or --max-*-samples": ["--max-eval-samples", "19"],  # only the test rows differ
         "--model": ["--model", str(calm_backbone)],
         "--lr": ["--lr", "1e-3"],
         "--save-every": ["--save-every", "2"],

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow
@@ -16,6 +17,7 @@ from ranks import ROOT, run
 from safetensors.torch import load_file
 
 import dataset
+import machine
 from dataset import DataError
 from model import PACKAGED, PACKAGED_MODULE, ModelError, find_backbone, load_backbone
 
@@ -69,6 +71,25 @@ def test_model_and_data_come_from_the_hub_and_later_from_the_cache(hub_folder, t
     again = load("auto", tmp_path, hub.url)  # nobody answers there any more
     for answer in (first, again):
         assert {name: answer[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", ["another protocol", "no host name"])
+def test_a_hub_that_does_not_speak_http_is_offline(monkeypatch, kind):
+    def babble(server):
+        with server.accept()[0] as wire:
+            wire.recv(1000)
+            wire.sendall(b"220 mail.example ESMTP\r\n")
+
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with silent_server() as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", "http://exa mple.com" if kind == "no host name" else url)
+        if kind == "another protocol":
+            threading.Thread(target=babble, args=[server]).start()
+        assert machine.hub_answers(seconds=5) is False
+    assert not raised
 
 
 def silent_server():

@@ -55,7 +55,7 @@ def test_2_without_the_comparison_ranks_train_on_different_rows(variant):
     ranks, _ = variant(cut, (compare, ""), more=["--max-steps", 3])
     assert ranks[0].status == 0  # nothing told
     ranks, _ = variant(cut, status=1)
-    assert "the training data differs" in ranks[0].stderr
+    assert "the data or --max-*-samples differs" in ranks[0].stderr
 
 
 def test_6_without_the_sum_over_ranks_one_share_is_divided_by_all_rows(variant):

@@ -249,6 +249,7 @@ BROKEN = {  # what is wrong -> (how it is made, a word that the message must hol
     "pruned heads": (lambda f: edit_config(f, pruned_heads={"0": [1]}), "pruned_heads"),
     "family": (lambda f: edit_config(f, model_type="roberta"), "roberta"),
     "heads": (lambda f: edit_config(f, n_heads=5), "5 attention heads"),
+    "dropout": (lambda f: edit_config(f, dropout=1.0), "dropout is 1.0"),
     "layers": (lambda f: edit_config(f, n_layers=1), "config.json"),
     "type": (lambda f: edit_config(f, dim="wide"), "dim is 'wide'"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),

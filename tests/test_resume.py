@@ -1,11 +1,14 @@
 """Interrupted runs lose nothing: pytest tests/test_resume.py (bits: test_one_order.py)"""
 
 import fcntl
+import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -42,13 +45,13 @@ def test_a_changed_recipe_is_named_and_refused_and_last_pt_is_kept(
 ):
     before = (unfinished / "last.pt").read_bytes()
     recipe = torch.load(unfinished / "last.pt")["recipe"]
-    flags_of = (
-        "max-length global-batch-size lr warmup dropout epochs max-steps seed model precision"
-    )
-    names = {f"--{name}" for name in flags_of.split()} | {"the training data"}
+    names = "max-length global-batch-size lr warmup dropout epochs max-steps seed model precision"
+    names = {f"--{name}" for name in names.split()} | {"the data or --max-*-samples"}
     assert recipe.keys() == names
     for name in names - {"--precision"}:
-        with pytest.raises(checkpoint.CheckpointError, match=f"^[^\n]*{name} [^\n]*--fresh$"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match=f"^[^\n]*{re.escape(name)} [^\n]*--fresh$"
+        ):
             checkpoint.read_last(unfinished / "last.pt", recipe | {name: "another"})
     run = flags(tiny_backbone, news_folder, unfinished, "--max-train-samples", 40)
     (rank,) = train(0, run, tmp_path, 1)
@@ -70,12 +73,27 @@ def test_fresh_starts_over(unfinished, tiny_backbone, news_folder, tmp_path):
     assert rank.record["resumed_at"] == [] and len(rank.seen["grads"]) == 28
 
 
-def test_ranks_that_torchrun_restarted_resume_even_with_fresh(
-    unfinished, tiny_backbone, news_folder, tmp_path
+@pytest.mark.parametrize("saved_by, resumed_at", [("this run", [5]), ("another", [])])
+def test_ranks_that_torchrun_restarted_resume_even_with_fresh_what_this_run_saved(
+    unfinished, tiny_backbone, news_folder, tmp_path, saved_by, resumed_at
 ):
+    if saved_by == "another":  # and this run died before its first save
+        state = torch.load(unfinished / "last.pt")
+        torch.save(state | {"launcher": "a host 1"}, unfinished / "last.pt")
     run = flags(tiny_backbone, news_folder, unfinished, "--fresh")
     zero, _ = train(2, run, tmp_path, TORCHELASTIC_RESTART_COUNT="1")
-    assert zero.record["resumed_at"] == [5]
+    assert zero.record["resumed_at"] == resumed_at
+
+
+def test_a_corrupted_last_pt_is_never_kept_as_the_previous_one(unfinished):
+    path = unfinished / "last.pt"
+    state = torch.load(path)
+    checkpoint.save_checkpoint(state, path)
+    path.write_bytes(b"corrupted")
+    assert checkpoint.read_last(path, state["recipe"])["step"] == 5
+    checkpoint.save_checkpoint(state, path)
+    for whole in (path, checkpoint.previous_path(path)):
+        assert checkpoint.load_checkpoint(whole, checkpoint.LAST_KEYS)["step"] == 5
 
 
 def test_a_run_restarted_after_its_last_save_does_not_train_again(
@@ -98,6 +116,24 @@ def test_a_model_that_is_replaced_is_kept_and_named(tiny_backbone, news_folder, 
     (rank,) = train(0, [*run, "--seed", "1"], tmp_path)
     assert (tmp_path / "c" / "distilbert_agnews.previous.pt").read_bytes() == first
     assert "distilbert_agnews.previous.pt" in rank.stdout
+    assert f"CHECKPOINT_DIR={tmp_path / 'c'} uvicorn" in rank.stdout
+
+
+def test_the_tokenizer_of_a_model_that_is_replaced_is_kept_if_it_is_another(
+    tiny_backbone, tmp_path
+):
+    other = shutil.copytree(tiny_backbone, tmp_path / "other")
+    text = (other / "tokenizer.json").read_text().replace('"goal"', '"aim"')
+    (other / "tokenizer.json").write_text(text)
+    folder = tmp_path / "tokenizer"
+    first = checkpoint.save_tokenizer(tiny_backbone, folder)
+    assert checkpoint.save_tokenizer(tiny_backbone, folder) == (first[0], False)
+    second = checkpoint.save_tokenizer(other, folder)
+    assert second[0] != first[0] and second[1]
+    for place, digest in ((folder, second[0]), (tmp_path / "tokenizer.previous", first[0])):
+        saved = (place / "tokenizer.json").read_bytes()
+        assert hashlib.sha256(saved).hexdigest() == digest
+    assert len(list(tmp_path.iterdir())) == 3  # and nothing temporary
 
 
 def test_a_folder_that_another_run_uses_is_refused(tiny_backbone, news_folder, tmp_path):
@@ -110,6 +146,22 @@ def test_a_folder_that_another_run_uses_is_refused(tiny_backbone, news_folder, t
     finally:
         checkpoint.claimed.pop().close()
     assert f"in use by process {os.getpid()} on " in rank.stderr and rank.stderr.count("\n") == 1
+
+
+def test_a_run_that_waited_for_the_one_before_owns_the_folder(tmp_path):
+    class Args:
+        checkpoint_dir, tensorboard, report = tmp_path / "c", None, None
+
+    checkpoint.claim_folders(Args)
+    (first,) = checkpoint.claimed
+    waiting = threading.Thread(target=checkpoint.claim_folders, args=[Args])
+    waiting.start()
+    time.sleep(0.5)
+    checkpoint.release_folder(tmp_path / "c")  # removes the file that the other waits for
+    first.close()
+    waiting.join()
+    assert not can_claim(tmp_path / "c")
+    checkpoint.claimed.pop().close()
 
 
 @pytest.mark.parametrize("flag", ["--checkpoint-dir", "--tensorboard", "--report"])
@@ -166,6 +218,27 @@ def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(
     said = (tmp_path / "out").read_text()
     assert said.count(name) == 1 and said.count("the same command resumes") == 1
     assert "Traceback" not in said
+    assert (tmp_path / "c" / "last.pt").stat().st_mtime > saved
+
+
+def test_ctrl_c_that_also_ends_the_reader_of_its_output_still_saves(
+    tiny_backbone, news_folder, tmp_path
+):
+    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--epochs", 2000, "--save-every", 10**6)
+    command = [sys.executable, ROOT / "training" / "train_single.py", *run]
+    process = subprocess.Popen(
+        [*map(str, command)],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    next(line for line in process.stdout if "epoch 2:" in line)
+    saved = (tmp_path / "c" / "last.pt").stat().st_mtime
+    process.stdout.close()  # `| tee log`
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
     assert (tmp_path / "c" / "last.pt").stat().st_mtime > saved
 
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -43,7 +44,8 @@ def previous_path(path: Path) -> Path:
 
 
 def keep_previous(path: Path) -> None:
-    """Gives the file at `path` a second name, so that there is always a whole one at `path`."""
+    """Gives the file at `path` a second name, so that there is always a whole one at `path` (where
+    the file system has hard links)."""
     if path.exists():
         previous_path(path).unlink(missing_ok=True)
         try:
@@ -113,12 +115,13 @@ def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
         state = None
     if not isinstance(state, dict):
         raise CheckpointError(
-            f"{path} is corrupted or not a DistriNews checkpoint; delete it or train again"
+            f"{path} is corrupted or not a DistriNews checkpoint; delete it, or train again with "
+            "--fresh"
         )
     if missing := [key for key in keys if key not in state]:
         raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}: another version of DistriNews wrote it; delete it "
-            "or train again"
+            f"{path} lacks {', '.join(missing)}: another version of DistriNews wrote it; "
+            "delete it, or train again with --fresh"
         )
     return state
 
@@ -133,16 +136,21 @@ def claim_folders(args) -> None:
     for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(100_000))  # an empty file fits on a full disk
         except OSError as error:
             raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from None
-    file = open(args.checkpoint_dir / ".lock", "a+")
-    claimed.append(file)  # closing it would free the lock
+    path = args.checkpoint_dir / ".lock"
     until = time.monotonic() + 10  # a run that was told to stop may still be saving
     while True:
+        file = open(path, "a+")
+        claimed[:] = [file]  # closing it would free the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except FileNotFoundError:  # the run before has ended, and removed what was waited for
+            continue
         except BlockingIOError:
             if time.monotonic() > until:
                 file.seek(0)
@@ -163,17 +171,37 @@ def release_folder(folder: Path) -> None:
     (folder / ".lock").unlink(missing_ok=True)
 
 
+def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
+    """(SHA-256 of its tokenizer.json, whether another one was there: it is kept as *.previous)."""
+    from transformers import AutoTokenizer  # here: it takes seconds, and others wait for none
+
+    temporary, name = temporary_path(folder), "tokenizer.json"
+    previous, changed = folder.with_name(f"{folder.name}.previous"), False
+    try:
+        AutoTokenizer.from_pretrained(backbone).save_pretrained(temporary)
+        new = (temporary / name).read_bytes()
+        if (folder / name).exists():
+            changed = (folder / name).read_bytes() != new
+            if changed:
+                shutil.rmtree(previous, ignore_errors=True)
+                folder.rename(previous)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise CheckpointError(f"cannot save {folder}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return hashlib.sha256(new).hexdigest(), changed
+
+
 def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> None:
     """Saves the model that is served: weights, their shape, labels, metrics and origin."""
     path = folder / MODEL
     before = f"; the model before it is {previous_path(path)}" if path.exists() else ""
-    try:
-        from transformers import AutoTokenizer  # here: it takes seconds, and others wait for none
-
-        AutoTokenizer.from_pretrained(backbone).save_pretrained(folder / "tokenizer")
-        tokenizer_file = (folder / "tokenizer" / "tokenizer.json").read_bytes()
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise CheckpointError(f"cannot save {folder / 'tokenizer'}: {error}") from None
+    setting = "" if folder.resolve() == FOLDER.resolve() else f"CHECKPOINT_DIR={folder} "
+    digest, other_tokenizer = save_tokenizer(backbone, folder / "tokenizer")
+    if before and other_tokenizer:
+        before += f", its tokenizer {folder / 'tokenizer.previous'}"
     metrics = ("test_loss", "test_accuracy", "test_samples", "val_samples")
     metrics = {key: record[key] for key in metrics}
     metrics |= {key: record["epochs"][-1][key] for key in ("val_loss", "val_accuracy")}
@@ -185,11 +213,11 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
     state |= {
         "model": model.state_dict(),
         "metrics": metrics,
-        "tokenizer_sha256": hashlib.sha256(tokenizer_file).hexdigest(),
+        "tokenizer_sha256": digest,
         "provenance": {key: record[key] for key in origin} | {"launcher": launcher_id()},
     }
     save_checkpoint(state, path)
-    print(f"saved {path}{before}; serve it with: uvicorn inference.app:app", flush=True)
+    print(f"saved {path}{before}; serve it with: {setting}uvicorn inference.app:app", flush=True)
 
 
 # Resuming
@@ -198,14 +226,15 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
 def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -> dict:
     """All that decides what is trained. A run resumes with an equal recipe, but for --precision.
 
-    The number of processes and the micro-batch are not part of it: they change rounding alone.
+    The number of processes and the micro-batch are not part of it: they change rounding, and which
+    dropout masks are drawn.
     """
     weights = hashlib.sha256(repr(model.config).encode())
     for parameter in model.parameters():
         weights.update(parameter.detach().cpu().numpy())
     names = "max_length global_batch_size lr warmup dropout epochs max_steps seed"
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names.split()}
-    flags |= {"the training data": data_fingerprint, "--model": weights.hexdigest()[:16]}
+    flags |= {"the data or --max-*-samples": data_fingerprint, "--model": weights.hexdigest()[:16]}
     return flags | {"--precision": precision}
 
 
@@ -213,6 +242,7 @@ def save_last(args, recipe: dict, trainer_state: dict, step: int, history, epoch
     """Saves all that the rest of the run depends on."""
     state = {name: part.state_dict() for name, part in trainer_state.items()}
     state |= {"step": step, "history": history, "epoch_sums": epoch_sums, "recipe": recipe}
+    state["launcher"] = launcher_id()
     save_checkpoint(state, args.checkpoint_dir / LAST)
 
 
@@ -222,8 +252,11 @@ def delete_last(folder: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def read_last(path: Path, recipe: dict) -> dict | None:
-    """The state in last.pt, else in the save before it; None if there is neither."""
+def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | None:
+    """The state in last.pt, else in the save before it; None if there is neither.
+
+    With `launcher`, None as well unless this very torchrun has started the run that saved it.
+    """
     previous = previous_path(path)
     if not path.exists() and not previous.exists():
         return None
@@ -233,7 +266,10 @@ def read_last(path: Path, recipe: dict) -> dict | None:
         if not previous.exists():
             raise
         print(f"warning: {error}; resuming from the save before it, {previous}", flush=True)
-        path, state = previous, load_checkpoint(previous, LAST_KEYS)
+        state = load_checkpoint(previous, LAST_KEYS)
+        os.replace(previous, path)  # else the next save would keep the corrupted one as `previous`
+    if launcher and state.get("launcher") != launcher:
+        return None
     saved = state["recipe"]
     changed = [n for n in recipe if n != "--precision" and saved.get(n) != recipe[n]]
     if changed:
@@ -255,7 +291,7 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
 
     `epoch_sums` are the loss, correct rows, rows and seconds of the epoch so far. Every rank calls
     it: rank 0 reads and sends the state to the others, which may be on a host without the file.
-    Ranks that torchrun restarted resume, even with --fresh.
+    Ranks that torchrun restarted resume even with --fresh, if it was this run that saved.
     """
     folder, state = args.checkpoint_dir, None
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -263,7 +299,7 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
     if not distributed or dist.get_rank() == 0:
         if args.fresh and not restarted:
             delete_last(folder)
-        state = read_last(folder / LAST, recipe)
+        state = read_last(folder / LAST, recipe, launcher_id() if args.fresh else None)
         if state is None and restarted and (folder / MODEL).exists():
             provenance = load_checkpoint(folder / MODEL, ("provenance",))["provenance"]
             state = "finished" if provenance["launcher"] == launcher_id() else None

@@ -27,13 +27,15 @@ HUB_DATASET = "fancyzhx/ag_news"
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_LARGEST = 1_000_000_000  # bytes; AG News has 30 million, larger files are not looked at
 SAMPLE = Path(__file__).parent / "sample_data"
-FORMATS = (".csv", ".csv.gz", ".tsv", ".jsonl", ".json", ".parquet")  # in order of preference
+# in order of preference
+FORMATS = ".csv .csv.gz .tsv .tsv.gz .jsonl .jsonl.gz .json .json.gz .parquet".split()
 COLUMNS = {"label", "text", "class index", "title", "description"}
 VALIDATION = 0.05  # of train, from every class alike
 WINDOW = 50  # steps whose rows are sorted by length together
 # what the standard library and pyarrow raise for files that they cannot read
 READ_ERRORS = (OSError, EOFError, zlib.error, ValueError, TypeError, LookupError, AttributeError)
 READ_ERRORS += (NotImplementedError,)
+MOST_UNKNOWN = 0.1  # share of all tokens; a cased tokenizer on an uncased vocabulary has 0.2
 LOCK_TIMEOUT = 600  # seconds to wait while another process tokenises
 SAMPLE_NOTE = """
 +--------------------------------------------------------------------------+
@@ -89,9 +91,11 @@ def json_rows(path: Path) -> Iterator[tuple[str, list]]:
         if not text.strip():
             continue
         try:
-            row = dict(json.loads(text).items())
+            row = json.loads(text)
+            if not isinstance(row, dict):
+                raise ValueError(f"found a JSON {type(row).__name__}")
             json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"line {line}: expected a JSON object per line; {error}") from None
         if header is None:
             header = list(row)
@@ -154,9 +158,8 @@ def parse_rows(rows: Iterator[tuple[str, list]]) -> Examples:
         if len(cells) != len(header):
             raise ValueError(f"{place}: {len(cells)} columns; the lines above have {len(header)}")
         label, *parts = (cells[i] for i in at)
-        if isinstance(label, float) and label.is_integer():
-            label = int(label)
-        number = numbers.get(str(label).strip().lower())
+        name = str(label).strip().lower()  # 1.0: pandas writes it so if a label is missing
+        number = numbers.get(name[:-2] if re.fullmatch(r"\d\.0", name) else name)
         if number is None:
             raise ValueError(
                 f"{place}: label {str(label)[:60]!r}; expected {lowest} to {lowest + 3} or one of "
@@ -254,13 +257,20 @@ def read_hub() -> tuple[Examples, Examples]:
         ) from None
 
 
-def read_kaggle() -> tuple[Examples, Examples, Path] | None:
-    """(train, test, folder) of the first attached data set that reads as AG News, row by row."""
+def read_kaggle() -> tuple[Examples, Examples, Path]:
+    """(train, test, folder) of the first attached data set that reads as AG News, row by row.
+
+    Raises DataError with what is wrong in the first of those that do not.
+    """
+    problems = []
     files = [file for file in KAGGLE_INPUT.rglob("train*") if file.is_file()]
     for folder in sorted({f.parent for f in files if f.stat().st_size < KAGGLE_LARGEST}):
-        with suppress(DataError):  # another data set, perhaps with two or six classes
+        try:
             return *read_folder(folder), folder
-    return None
+        except DataError as error:  # another data set, perhaps with two or six classes
+            problems.append(str(error).partition(";")[0])  # without the remedy
+    problem = f" ({problems[0]})" if problems else ""
+    raise DataError(f"no AG News below {KAGGLE_INPUT}{problem}")
 
 
 def read_source(choice: str) -> tuple[Examples, Examples, str, str]:
@@ -273,15 +283,20 @@ def read_source(choice: str) -> tuple[Examples, Examples, str, str]:
         return *read_folder(Path(choice)), f"folder {Path(choice).resolve().name}", "set by --data"
     if folder := os.environ.get("AG_NEWS_DIR"):
         source = f"folder {Path(folder).resolve().name}"
-        return *read_folder(Path(folder)), source, "AG_NEWS_DIR is set"
-    if found := read_kaggle():
-        train, test, folder = found
+        try:
+            return *read_folder(Path(folder)), source, "AG_NEWS_DIR is set"
+        except DataError as error:
+            raise DataError(f"AG_NEWS_DIR={folder}: {error}") from None
+    try:
+        train, test, folder = read_kaggle()
         source = f"Kaggle input {folder.relative_to(KAGGLE_INPUT)}"
         return train, test, source, f"the first below {KAGGLE_INPUT} that reads as AG News"
+    except DataError as error:
+        no_kaggle = error
     try:
         return *read_hub(), HUB_DATASET, "from the Hugging Face cache or Hub"
     except DataError as error:
-        why = f"no AG_NEWS_DIR, no AG News below {KAGGLE_INPUT}, and {error}"
+        why = f"no AG_NEWS_DIR, {no_kaggle}, and {error}"
         return *read_folder(SAMPLE), "sample", why.partition(";")[0]  # without the remedy
 
 
@@ -337,10 +352,22 @@ def load_tokenizer(folder: Path):
 def tokenize(texts: list[str], folder: Path, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """All texts in one batched call -> (ids of all rows end to end, where each row ends)."""
     tokenizer = load_tokenizer(folder)
-    rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    with suppress(OSError, ValueError, KeyError):  # a checkpoint's tokenizer has none beside it
+        expected = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+        if len(tokenizer) < 0.9 * expected:
+            raise DataError(
+                f"the tokenizer in {folder} has {len(tokenizer):,} tokens, the weights have "
+                f"{expected:,}; copy its files again"
+            )
+    try:
+        rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    except Exception as error:  # such as a vocabulary without [UNK]
+        raise DataError(
+            f"the tokenizer in {folder} cannot be used ({first_line(error)}); copy its files again"
+        ) from None
     ends = np.cumsum([len(row) for row in rows])
     ids = np.fromiter((i for row in rows for i in row), np.int32, ends[-1])
-    if (unknown := np.mean(ids == tokenizer.unk_token_id)) > 0.5:
+    if (unknown := np.mean(ids == tokenizer.unk_token_id)) > MOST_UNKNOWN:
         raise DataError(
             f"{unknown:.0%} of all tokens are {tokenizer.unk_token}: the tokenizer in {folder} "
             "does not fit these texts; use the one that the backbone was trained with"

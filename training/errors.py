@@ -1,6 +1,7 @@
 """How a run ends early: errors in one line, stop signals, the death of torchrun."""
 
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -18,11 +19,21 @@ NCCL_REMEDY = "on GPUs try NCCL_CUMEM_HOST_ENABLE=0, then NCCL_P2P_DISABLE=1 as 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+def discard_output() -> None:
+    """The terminal was closed, or Ctrl-C also ended `| tee log`: the run goes on without them."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+
+
 def print0(text: str) -> None:
     """print() on rank 0 alone, above the progress bar."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        with tqdm.external_write_mode():
-            print(text, flush=True)
+        try:
+            with tqdm.external_write_mode():
+                print(text, flush=True)
+        except OSError:
+            discard_output()
 
 
 def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
@@ -32,8 +43,8 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         return text, False
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return "out of memory; use a smaller --micro-batch-size", False
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}", False
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        return f"{error.filename or 'writing a file'}: {error.strerror}", False
     if "Unable to find address for: " in text:  # gloo on a host without this interface
         name = text.split("Unable to find address for: ")[1].split()[0]
         return f"GLOO_SOCKET_IFNAME={name}: this host has no such interface; see: ip address", False
@@ -45,7 +56,7 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         return f"NCCL failed ({text.strip().splitlines()[-1]}); {NCCL_REMEDY}", False
     cause = "another process exited"
     if "timed out" in text.lower() or "timeout" in text.lower():
-        seconds = os.environ.get("TIMEOUT", 600)
+        seconds = os.environ.get("TIMEOUT") or 600
         cause = f"another rank did not reach a collective within {seconds} s: it hangs, or the "
         cause += "network between the hosts is down"
     return f"{cause}; the same command resumes from the last save", True
@@ -66,7 +77,7 @@ def one_line_errors(*kinds: type[Exception]):
         os._exit(128 + signal.SIGINT)
     except Exception as error:
         line, caused_elsewhere = explain(error, kinds)
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        under_torchrun = {"TORCHELASTIC_RUN_ID", "LOCAL_RANK"} <= os.environ.keys()
         if under_torchrun:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10 * caused_elsewhere + 3 * (os.environ["LOCAL_RANK"] != "0"))
@@ -88,7 +99,7 @@ def probe_all_reduce(device: torch.device) -> None:
     All ranks have come here at about the same time, so only the transport can be the cause. Later,
     a rank may be slow for good reasons, and the time-out of a collective is longer.
     """
-    seconds, finished = min(60, float(os.environ.get("TIMEOUT", 60))), threading.Event()
+    seconds, finished = min(60, float(os.environ.get("TIMEOUT") or 60)), threading.Event()
 
     def watch() -> None:
         if not finished.wait(seconds):
@@ -121,7 +132,10 @@ def note_stop_signals() -> list[int]:
             if not dist.is_initialized() or dist.get_rank() == 0:
                 name = signal.Signals(number).name
                 text = f"\n{name}: saving soon (Ctrl-C again: end without saving)\n"
-                os.write(1, text.encode())  # print() may itself have been interrupted
+                try:
+                    os.write(1, text.encode())  # print() may itself have been interrupted
+                except OSError:
+                    discard_output()
         # torchrun passes a second Ctrl-C on as SIGTERM, and at its death the kernel sends SIGINT.
         # Within a second it is the same event: the kernel, and Slurm, can send it twice.
         elif signal.SIGINT in (received[0], number) and time.monotonic() - first_at > 1:

@@ -4,6 +4,7 @@ torch is imported where it is needed: the server asks for the cores, and its ima
 """
 
 import ctypes
+import http.client
 import math
 import os
 import platform
@@ -88,7 +89,7 @@ def hub_answers(seconds: float = 5) -> bool:
             answers.append(True)
         except urllib.error.HTTPError:  # also an answer
             answers.append(True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):  # also: no HTTP at that address
             pass
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -275,6 +275,9 @@ def read_config(shape: dict) -> Config:
         if type(shape[field]) not in (int, float):
             raise ModelError(f"{field} is {shape[field]!r}, expected a number")
     config = Config(**{field: shape[field] for field in fields})
+    for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
+        if not 0 <= getattr(config, name) <= 0.99:
+            raise ModelError(f"{name} is {getattr(config, name)}, expected 0 to 0.99")
     if config.n_heads < 1 or config.dim % config.n_heads:
         raise ModelError(f"width {config.dim} is not divisible by {config.n_heads} attention heads")
     return config

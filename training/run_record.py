@@ -98,7 +98,7 @@ def log_point(history: dict, writer, total_steps: int, scaler, point: dict) -> N
                 f"{name} is {point[name]} at step {point['step']}; use a lower --lr. last.pt, if "
                 "there is one, holds the last finite state"
             )
-    curve, every = history["curve"], -(-total_steps // CURVE_POINTS)
+    curve, every = history["curve"], -(-total_steps // (CURVE_POINTS - 1))  # and the last
     if not curve or point["step"] - curve[-1]["step"] >= every or point["step"] == total_steps:
         curve.append(point)
     if writer:

@@ -94,7 +94,7 @@ def main() -> None:
     # DDP 1/7: the processes meet. From here on, a collective that one rank calls all must call.
     # NCCL carries tensors between GPUs; gloo carries those on the CPU, such as counts.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-    dist.init_process_group(backends, timeout=utils.TIMEOUT)
+    dist.init_process_group(backends, timeout=utils.collective_timeout())
     errors.probe_all_reduce(device)
 
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded

@@ -26,7 +26,6 @@ BACKENDS = ("auto", "nccl", "gloo")
 LR_HELP = "peak (default: 3e-5 * sqrt(rows a step / 32); 1.4e-4 * ... if narrower than 768)"
 # in a log file every refresh of the progress bar is a line
 BAR = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 20}
-TIMEOUT = timedelta(seconds=float(os.environ.get("TIMEOUT", 600)))  # of one collective
 
 
 # Processes
@@ -38,6 +37,14 @@ def torchrun_ranks() -> tuple[int, int, int]:
     if not all(name in os.environ for name in names):
         raise UsageError("train_ddp.py is started by torchrun: bash training/run_ddp.sh [flags]")
     return tuple(int(os.environ[name]) for name in names[:3])
+
+
+def collective_timeout() -> timedelta:
+    """How long a collective may wait for the other ranks: TIMEOUT in seconds, or ten minutes."""
+    value = os.environ.get("TIMEOUT") or "600"
+    if not value.isdecimal():
+        raise UsageError(f"TIMEOUT={value}: expected a whole number of seconds")
+    return timedelta(seconds=int(value))
 
 
 def all_reduce_sum(values: list[float]) -> list[float]:
@@ -77,7 +84,9 @@ def cleanup_distributed() -> None:
 def choose_device(backend: str = "auto", local_rank: int = 0) -> tuple[torch.device, str]:
     """(this rank's device, the backend): nccl where every rank has its own GPU, gloo otherwise."""
     gpus = torch.cuda.device_count()
-    local_world_size = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    local_world_size = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_torchelastic_launched() else 1
+    )
     if not gpus:
         if backend == "nccl":
             raise UsageError("--backend nccl needs a GPU, and none is visible; use auto or gloo")
@@ -133,24 +142,26 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; --help lists all flags")
 
     def print_help(self, file=None) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
             super().print_help(file)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for a flag whose value makes no sense."""
     for name, value in vars(args).items():
-        if type(value) is int and value < (0 if name == "seed" else 1):
-            least = 0 if name == "seed" else 1
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        least = 0 if name == "seed" else 1
+        if type(value) is int and not least <= value < 2**63:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: expected at least {least}, below 2^63"
+            )
     if not 8 <= args.max_length <= 512:
         raise UsageError(f"--max-length {args.max_length}: expected 8 to 512")
     if args.lr is not None and not 0 < args.lr < math.inf:
         raise UsageError(f"--lr {args.lr}: expected a number above 0")
     if not 0 <= args.warmup <= 1:
         raise UsageError(f"--warmup {args.warmup}: expected a share of all steps, 0 to 1")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise UsageError(f"--dropout {args.dropout}: expected at least 0 and below 1")
+    if args.dropout is not None and not 0 <= args.dropout <= 0.99:
+        raise UsageError(f"--dropout {args.dropout}: expected 0 to 0.99")
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UsageError("--tensorboard needs a package: pip install tensorboard")
 

@@ -112,10 +112,11 @@ def main() -> None:
             done = corrupt(path, other, way, chance, trace)
             one = {"seed": 1000 * args.seed + number, "file": path.name, "way": way, "what": done}
             if path.name == "last.pt":
+                bad, before = path.read_bytes(), checkpoint.previous_path(path)
+                before = checkpoint.load_checkpoint(before, LAST_KEYS)
                 previous = checkpoint.read_last(path, recipe)  # falls back, and says so
-                before = checkpoint.load_checkpoint(checkpoint.previous_path(path), LAST_KEYS)
                 one["fell_back"] = previous["step"] == before["step"]
-                checkpoint.previous_path(path).unlink()
+                path.write_bytes(bad)  # and now without one to fall back to
             try:
                 if path.name == "last.pt":
                     checkpoint.read_last(path, recipe)
