@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MODEL, LAST = "distilbert_agnews.pt", "last.pt"
-LAST_KEYS = ("model", "optimizer", "scaler", "step", "history", "epoch_sums", "recipe")
+LAST_KEYS = "model optimizer scaler step history epoch_sums recipe launcher".split()
 FOLDER = Path(__file__).parent.parent / "checkpoints"
 claimed = []
 
@@ -101,7 +102,7 @@ def save_checkpoint(state: dict, path: Path) -> None:
             pass
 
 
-def load_checkpoint(path: Path, keys: tuple[str, ...]) -> dict:
+def load_checkpoint(path: Path, keys: Iterable[str]) -> dict:
     """What `save_checkpoint` wrote, on the CPU. Runs no code that the file may hold."""
     try:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes
@@ -242,7 +243,7 @@ def save_last(args, recipe: dict, trainer_state: dict, step: int, history, epoch
     """Saves all that the rest of the run depends on."""
     state = {name: part.state_dict() for name, part in trainer_state.items()}
     state |= {"step": step, "history": history, "epoch_sums": epoch_sums, "recipe": recipe}
-    state["launcher"] = launcher_id()
+    state |= {"launcher": launcher_id()}
     save_checkpoint(state, args.checkpoint_dir / LAST)
 
 
@@ -268,7 +269,7 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
         print(f"warning: {error}; resuming from the save before it, {previous}", flush=True)
         state = load_checkpoint(previous, LAST_KEYS)
         os.replace(previous, path)  # else the next save would keep the corrupted one as `previous`
-    if launcher and state.get("launcher") != launcher:
+    if launcher and state["launcher"] != launcher:
         return None
     saved = state["recipe"]
     changed = [n for n in recipe if n != "--precision" and saved.get(n) != recipe[n]]
