@@ -37,14 +37,7 @@ from tqdm import tqdm
 from benchmarks.bench_training import make_backbone
 from benchmarks.figures import ROOT, write_record
 from inference import export
-from inference.model_loader import (
-    CHECKPOINT,
-    INT8_XML,
-    Classifier,
-    load_model,
-    threads,
-    torch_engine,
-)
+from inference.model_loader import CHECKPOINT, INT8_XML, Classifier, threads, torch_engine
 from training import machine
 from training.dataset import SAMPLE, read_folder
 from training.model import Config
@@ -73,7 +66,7 @@ def make_checkpoint(folder: Path) -> None:
     subprocess.run([*map(str, command)], cwd=folder, check=True)
     export.to_hf(folder)
     rows = [torch.randint(1000, 30000, (1, 52)).numpy() for _ in range(8)]
-    export.write_int8(load_model(folder)[0], rows, folder / INT8_XML)
+    export.write_int8(export.load(folder)[0], rows, folder / INT8_XML)
     export.write_metadata(folder, folder / CHECKPOINT, torch_engine(folder))
 
 

@@ -85,8 +85,8 @@ def step_rows(traces: list[dict]) -> list[dict]:
     return rows
 
 
-def profile(world_size: int, flags: list, folder: Path) -> list[dict]:
-    """The traces of a run of 13 steps."""
+def profile(world_size: int, flags: list, folder: Path) -> tuple[list[dict], dict]:
+    """The traces of a run of 13 steps, and its run record."""
     command = ["bash", ROOT / "training" / "run_ddp.sh", *flags, "--epochs", 100, "--max-steps", 13]
     command += ["--max-eval-samples", 8, "--fresh", "--checkpoint-dir", folder / "checkpoints"]
     command += ["--profile", folder / "traces"]
@@ -97,7 +97,8 @@ def profile(world_size: int, flags: list, folder: Path) -> list[dict]:
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}error: the run ended with status {done.returncode}")
     paths = [folder / "traces" / f"rank{rank}.json" for rank in range(world_size)]
-    return [json.loads(path.read_text()) for path in paths]
+    record = json.loads(next((folder / "runs").glob("*.json")).read_text())
+    return [json.loads(path.read_text()) for path in paths], record
 
 
 def main() -> None:
@@ -123,12 +124,14 @@ def main() -> None:
             folder.mkdir()
             micro = batch // world_size // forwards
             flags = ["--model", model, *data, "--global-batch-size", batch, *more]
-            traces = profile(world_size, [*flags, "--micro-batch-size", micro], folder)
+            traces, run = profile(world_size, [*flags, "--micro-batch-size", micro], folder)
             rows += [{"panel": panel} | row for row in step_rows(traces)]
     record = machine.record_header() | {
         "load_average": load,
         "model": args.model or "DistilBERT-base, random weights",
         "global_batch_size": batch,
+        "precision": run["precision"],
+        "threads": run["threads"],
     }
     out = (RESULTS if args.record else ROOT / "runs") / "timeline.json"
     write_record(out, record, rows)

@@ -9,7 +9,9 @@ from fakes import make_backbone, make_news
 from ranks import ROOT, environment, run
 
 # the longest files begin first, so that no worker of xdist is left with one at the end
-LONGEST = "docs one_order resume export faulty_rank marks api two_hosts launch scripts hub ddp lab"
+LONGEST = (
+    "slurm docs one_order resume export faulty_rank marks api two_hosts launch scripts hub ddp lab"
+)
 
 
 def pytest_collection_modifyitems(items):

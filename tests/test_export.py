@@ -244,7 +244,8 @@ def test_text_files_are_utf_8_in_every_locale(exported):
 
 
 def test_int8_is_not_judged_by_the_sample_unless_told_so(copy, tmp_path):
-    command = [str(ROOT / "inference" / "export.py"), "--to", "int8", "--checkpoint-dir", str(copy)]
+    command = [sys.executable, ROOT / "inference" / "export.py", "--to", "int8"]
+    command += ["--checkpoint-dir", copy]
     done = run(command, tmp_path, HF_HUB_OFFLINE="1", AG_NEWS_DIR="")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "trained on folder news" in done.stderr and "--data" in done.stderr
@@ -276,7 +277,7 @@ def test_a_script_started_by_path_runs_its_own_checkout(tmp_path):
     (tmp_path / "inference").mkdir()
     (tmp_path / "inference" / "export.py").write_text("raise SystemExit('another project')")
     for script in ("export.py", "deploy_space.py"):
-        done = run([str(ROOT / "inference" / script), "--help"], tmp_path)
+        done = run([sys.executable, ROOT / "inference" / script, "--help"], tmp_path)
         assert done.returncode == 0 and "usage: " + script in done.stdout
 
 
