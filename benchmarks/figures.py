@@ -93,7 +93,9 @@ class Speed:
         """What Trainer ran with in our precision."""
         if len(self.grid()):
             return "its best flags"
-        return "`group_by_length` and fused AdamW (not searched)"
+        flags = json.loads(self.flags("trainer_best")).values()
+        words = [f"`{value}`" for value in flags if isinstance(value, str)]
+        return f"{' and '.join(words) or 'its defaults'} (not searched)"
 
     def grid(self) -> pd.DataFrame:
         """Every combination of Trainer's flags that was tried, the fastest first."""

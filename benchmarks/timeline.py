@@ -109,7 +109,7 @@ def main() -> None:
     add("--record", action="store_true", help="write to benchmarks/results/")
     add("--model", help="packaged, a name or a folder (default: base's shape, random weights)")
     add("--global-batch-size", type=int, default=64, help="rows a step (default: %(default)s)")
-    args = parser.parse_args()
+    args, header = parser.parse_args(), machine.record_header()
     source, batch, rows = os.environ.get("AG_NEWS_DIR", "sample"), args.global_batch_size, []
     if batch % 8:
         sys.exit(f"error: --global-batch-size {batch}: expected a multiple of 8")
@@ -126,7 +126,7 @@ def main() -> None:
             flags = ["--model", model, *data, "--global-batch-size", batch, *more]
             traces, run = profile(world_size, [*flags, "--micro-batch-size", micro], folder)
             rows += [{"panel": panel} | row for row in step_rows(traces)]
-    record = machine.record_header() | {
+    record = header | {
         "load_average": load,
         "model": args.model or "DistilBERT-base, random weights",
         "global_batch_size": batch,
@@ -149,6 +149,7 @@ def summary() -> dict | None:
         panel = {"name": name, "rank": rank, "step": own[own.lane == "step"].ms.sum()}
         panel |= {part: compute[part] for part in ("forward", "backward")}
         panel["after"] = compute["clip"] + compute["optimizer"]
+        panel |= {"communication": 0, "exposed": 0}
         gradients = own[own.name.str.contains(":")]
         for lane, bars in gradients.groupby("lane"):  # buckets overlap: time counts once
             spans = union(list(zip(bars.start_ms, bars.start_ms + bars.ms, strict=True)), gap=0)

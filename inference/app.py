@@ -62,15 +62,17 @@ def fail(error) -> NoReturn:
     Exit status 3 means "cannot start" to the masters of uvicorn and gunicorn, which then start no
     further worker. uvicorn's would itself end with status 0, as if all were well, so the first of
     its workers ends it by a signal, and speaks for the others, who fail for the same reason. A
-    worker that replaces one that died only ends itself, and is replaced in turn: the others serve.
+    worker of uvicorn's that replaces one that died ends itself alone, and is replaced in turn:
+    the others serve. (gunicorn ends with such a worker.)
     """
     master = multiprocessing.parent_process()  # uvicorn's, with --workers
     number = multiprocessing.current_process().name.rpartition("-")[2]
     first = number == "1"
-    if master and int(number) > workers():
-        print(f"error: {error}; another worker is tried in 5 s", file=sys.stderr, flush=True)
-        time.sleep(5)
-        os._exit(1)
+    with contextlib.suppress(LoadError):  # a wrong number of workers is no replacement either
+        if master and "--workers" in sys.argv and number.isdigit() and int(number) > workers():
+            print(f"error: {error}; this worker ends", file=sys.stderr, flush=True)
+            time.sleep(5)
+            os._exit(1)
     if master and not first:
         master.join(2)
     if not master or master.is_alive():
@@ -274,21 +276,22 @@ class LoadSheddingMiddleware:
         body, more, refusal = bytearray(), True, None
         try:
             async with asyncio.timeout(MAX_BODY_SECONDS):
-                while more:
+                while more and not refusal:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return
                     body += message.get("body", b"")
                     self.unread_bytes += len(message.get("body", b""))
                     refusal = self.refusal(scope, max_bytes, len(body))
-                    more = message.get("more_body", False) and not refusal
+                    more = message.get("more_body", False)
         except TimeoutError:
             detail = f"body: not complete after {MAX_BODY_SECONDS} s"
             refusal = JSONResponse({"detail": detail}, 408, {"Connection": "close"})
         finally:
             self.unread_bytes -= len(body)
         if refusal:
-            await self.discard(scope, receive)
+            if more:
+                await self.discard(scope, receive)
             return await refusal(scope, receive, send)
         messages = [{"type": "http.request", "body": bytes(body)}]
         hangup = asyncio.create_task(receive())  # after the body nothing else can come
@@ -309,8 +312,10 @@ class LoadSheddingMiddleware:
     async def discard(self, scope, receive) -> None:
         """Reads what a client sends that closes the connection after it, such as nginx: if bytes
         of it are left, the kernel resets the connection, and the refusal with it."""
-        connection = dict(scope["headers"]).get(b"connection", b"").lower()
-        if connection != b"close" and (scope.get("http_version") != "1.0" or connection):
+        headers = dict(scope["headers"])
+        connection = headers.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
+        closes = b"close" in connection or scope.get("http_version") == "1.0"
+        if b"keep-alive" in connection or not closes or b"expect" in headers:
             return
         read, more = 0, True
         with contextlib.suppress(TimeoutError):
@@ -337,7 +342,7 @@ class LoadSheddingMiddleware:
 app.add_middleware(LoadSheddingMiddleware)
 # added last, so it sees the answers of the other one
 if origins := os.environ.get("ALLOW_ORIGINS", "").lower().replace(",", " ").split():
-    host = r"([a-z0-9.-]+|\[[0-9a-f:]+\])"  # browsers send neither a path nor the default port
+    host = r"([a-z0-9._-]+|\[[0-9a-f:]+\])"  # browsers send neither a path nor the default port
     origin = rf"\*|http://{host}(?!:80$)(:\d+)?|https://{host}(?!:443$)(:\d+)?"
     if wrong := [one for one in origins if not re.fullmatch(origin, one)]:
         fail(f"ALLOW_ORIGINS: expected * or origins such as https://example.org, not {wrong[0]}")

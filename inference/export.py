@@ -123,13 +123,14 @@ def to_int8(folder: Path, choice: str | None) -> None:
     """Writes the int8 model and its metadata, or raises LoadError and writes nothing."""
     exact = torch_engine(folder)  # refuses what the server would refuse
     model, state = load(folder)
+    trained_on = state["provenance"]["data"]
     if choice is None:
-        choice = "sample" if state["provenance"]["data"] == "sample" else "auto"
+        choice = "sample" if trained_on == "sample" else "auto"
     *_, source, why = read_source(choice)
-    if (choice, source) == ("auto", "sample"):
+    if choice == "auto" and source == "sample" != trained_on:
         raise LoadError(
-            f"the model was trained on {state['provenance']['data']}, which was not found "
-            f"({why}); name its folder with --data"
+            f"the model was trained on {trained_on}, which was not found ({why}); name its folder "
+            "with --data"
         )
     data = prepare_data(choice, folder / "tokenizer", exact.max_length, None, None)
     rows = calibration_rows(data.train)
@@ -280,6 +281,8 @@ if __name__ == "__main__":
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -r requirements.txt")
     except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}" if error.filename else error)
+        sys.exit(
+            f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
+        )
     except KeyboardInterrupt:
-        sys.exit("error: interrupted; nothing was written")
+        sys.exit("error: interrupted; run the same command again")

@@ -203,13 +203,14 @@ def import_openvino():
 
 def private_copy(path: Path) -> BinaryIO:
     """A copy without a name, open: the model is read from it while it is served, and `cp` over the
-    file would change it, or end the server."""
+    file would change it, or end the server. It takes the file's size of disk once more for each
+    worker; where there is no place for it the file itself is taken."""
     try:
         copy = tempfile.TemporaryFile(dir=path.parent)
         with open(path, "rb") as file:
             shutil.copyfileobj(file, copy, 2**20)
         copy.flush()
-    except OSError:  # a folder that cannot be written, so nobody writes to the file either
+    except OSError:  # a folder that cannot be written (nor the file in it), or a full disk
         return open(path, "rb")
     return copy
 

@@ -42,7 +42,8 @@ def trained(tiny_backbone, news_folder, tmp_path_factory):
     command += ["--data", news_folder, "--checkpoint-dir", folder / "c", "--lr", "5e-3"]
     command += ["--epochs", 20, "--global-batch-size", 8, "--dropout", 0]
     ignored = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
-    run(command, folder, 280, TIMEOUT="30m", **ignored).check_returncode()
+    done = run(command, folder, 280, TIMEOUT="30m", **ignored)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder / "c"
 
 

@@ -263,6 +263,13 @@ def test_the_longest_text_fits_however_it_is_escaped(http):
     assert http.post("/predict", content=body, headers=JSON).status_code == 200
 
 
+def test_a_refusal_after_the_whole_body_comes_at_once(http):
+    body = iter([b" " * 260_000, b" " * 10_000])  # too long in its last piece
+    t0 = time.perf_counter()
+    answer = http.post("/predict", content=body, headers=JSON | {"Connection": "close"})
+    assert answer.status_code == 413 and time.perf_counter() - t0 < 1.5
+
+
 @pytest.mark.parametrize("version, headers", [("1.0", {}), ("1.1", {"Connection": "close"})])
 def test_a_client_that_closes_after_its_request_gets_the_refusal(url, version, headers):
     host, port = url.removeprefix("http://").split(":")

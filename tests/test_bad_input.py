@@ -216,6 +216,21 @@ def test_a_corrupted_last_pt_is_refused_and_kept(monkeypatch, tmp_path, tiny_bac
     assert (tmp_path / "last.pt").read_bytes() == b"not a checkpoint"
 
 
+def test_a_save_that_fails_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    checkpoint.save_checkpoint({"step": 1}, tmp_path / "c.pt")
+
+    def write_half(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
+        checkpoint.save_checkpoint({"step": 2}, tmp_path / "c.pt")
+    monkeypatch.undo()
+    assert checkpoint.load_checkpoint(tmp_path / "c.pt", ["step"]) == {"step": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("fault", ["full", "read-only", "not allowed"])
 def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(fault):
     def mount(options):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -24,6 +25,19 @@ class HeldModel:
         self.batches.append([len(row) for row in rows])
         assert self.release.wait(10)
         return echo(rows)
+
+
+def test_a_lone_request_is_not_delayed_to_fill_a_batch():
+    async def go():
+        batcher = Batcher(echo)
+        await batcher.submit([[1]])  # the thread has started
+        t0 = time.perf_counter()
+        for _ in range(50):
+            await batcher.submit([[1, 2]])
+        batcher.close()
+        return (time.perf_counter() - t0) / 50
+
+    assert asyncio.run(go()) < 0.02
 
 
 async def let_it_work():

@@ -42,6 +42,7 @@ def test_more_processes_than_gpus_is_one_line(tmp_path):
     script = [ROOT / "training" / "train_ddp.py"]
     ranks = run_ranks(gpus + 1, script, tmp_path, TORCHELASTIC_RUN_ID="a run")
     assert f"error: {gpus + 1} processes, but {gpus} GPU" in ranks[0].stderr
+    assert {rank.status for rank in ranks} == {1} and ranks[0].stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

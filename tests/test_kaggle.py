@@ -1,8 +1,12 @@
 """The Kaggle kernel, made and run here as there, but for the GPUs: pytest tests/test_kaggle.py"""
 
+import base64
+import io
 import json
+import lzma
 import shutil
 import sys
+import tarfile
 
 import pytest
 import ranks
@@ -22,6 +26,16 @@ def kernel(tmp_path_factory):
         patch.setenv("HOME", str(kaggle))  # where no token is
         bundle.main(kaggle / "push")
     return kaggle
+
+
+def test_a_push_asks_for_two_t4s_and_holds_the_code(kernel):
+    metadata = json.loads((kernel / "push" / "kernel-metadata.json").read_text())
+    assert metadata["id"] == "someone/distrinews" and metadata["enable_internet"] is True
+    assert metadata["machine_shape"] == "NvidiaTeslaT4"  # this name means two of them
+    code = (kernel / "push" / metadata["code_file"]).read_text()
+    packed = base64.b85decode(code.split('"""')[3].replace("\n", ""))
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(packed))) as files:
+        assert {"training/train_ddp.py", "benchmarks/kaggle/run.py"} <= {*files.getnames()}
 
 
 def test_a_push_under_another_name_than_the_tokens_is_refused(tmp_path, monkeypatch):

@@ -148,6 +148,13 @@ def test_probes_and_metrics_are_answered(pod):
     assert 'requests_total{route="/health"' in metrics
 
 
+def test_a_pod_requests_the_whole_cores_that_limit_it():
+    trainer = documents(TRAINJOB)["TrainJob"]["spec"]["trainer"]
+    for resources in (API["resources"], trainer["resourcesPerNode"]):
+        cores = resources["limits"]["cpu"]
+        assert cores == resources["requests"]["cpu"] == str(int(cores))
+
+
 def test_sigterm_ends_the_server_within_the_grace_period(pod):
     url, server = pod
     body = b'{"texts": [' + b", ".join([b'"shares of the bank " '] * 64) + b"]}"

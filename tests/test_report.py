@@ -138,6 +138,14 @@ def test_loss_curves_are_drawn_where_the_records_hold_them(tmp_path, monkeypatch
     assert plots.curves() is None and "plots/loss.svg" not in page("ddp_2gpu")
 
 
+def test_levers_measured_on_kaggle_have_their_table(records):
+    same = {"flags": "", "global_batch_size": 256, "host": "Tesla T4"}
+    rows = [{"how": "one GPU", "samples_per_second": 500.0} | same]
+    rows.append({"how": "plain DDP", "samples_per_second": 600.0} | same)
+    (records / "kaggle_levers.json").write_text(json.dumps(rows))
+    assert "| plain DDP |  | **600** | **1.20** |" in page("ddp_2gpu")
+
+
 def test_a_scripts_rate_is_that_of_its_steps_after_the_warm_up():
     # 20 rows a step: steps 1 and 2 warm up; 3 takes 2 s, 4 and 5 together 3 s
     rates = {1: 1, 2: 1, 3: 10, 5: 40 / 3}

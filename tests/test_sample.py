@@ -11,5 +11,7 @@ SPLITS = {"train": 480, "test": 120}
 
 @pytest.mark.parametrize("split, count", SPLITS.items())
 def test_it_holds_as_many_items_of_every_class(split, count):
-    labels = Counter(read_examples(SAMPLE / f"{split}.csv").labels)
+    examples = read_examples(SAMPLE / f"{split}.csv")
+    labels = Counter(examples.labels)
+    assert all(12 <= len(text.split()) <= 70 for text in examples.texts)
     assert labels == {label: count // 4 for label in range(len(LABELS))}

@@ -114,15 +114,12 @@ def load_checkpoint(path: Path, keys: Iterable[str]) -> dict:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # many kinds: not a zip file, a pickle that wants to run code
         state = None
+    again = f"delete it, or train again{' with --fresh' * (path.name == LAST)}"
     if not isinstance(state, dict):
-        raise CheckpointError(
-            f"{path} is corrupted or not a DistriNews checkpoint; delete it, or train again with "
-            "--fresh"
-        )
+        raise CheckpointError(f"{path} is corrupted or not a DistriNews checkpoint; {again}")
     if missing := [key for key in keys if key not in state]:
         raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}: another version of DistriNews wrote it; "
-            "delete it, or train again with --fresh"
+            f"{path} lacks {', '.join(missing)}: another version of DistriNews wrote it; {again}"
         )
     return state
 
@@ -148,7 +145,7 @@ def claim_folders(args) -> None:
         claimed[:] = [file]  # closing it would free the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()) or time.monotonic() > until:
                 break
         except FileNotFoundError:  # the run before has ended, and removed what was waited for
             continue
@@ -177,17 +174,15 @@ def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
     from transformers import AutoTokenizer  # here: it takes seconds, and others wait for none
 
     temporary, name = temporary_path(folder), "tokenizer.json"
-    previous, changed = folder.with_name(f"{folder.name}.previous"), False
+    previous = folder.with_name(f"{folder.name}.previous")
     try:
         AutoTokenizer.from_pretrained(backbone).save_pretrained(temporary)
         new = (temporary / name).read_bytes()
-        if (folder / name).exists():
-            changed = (folder / name).read_bytes() != new
-            if changed:
-                shutil.rmtree(previous, ignore_errors=True)
-                folder.rename(previous)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        changed = (folder / name).exists() and (folder / name).read_bytes() != new
+        if changed:
+            shutil.rmtree(previous, ignore_errors=True)
+            shutil.copytree(folder, previous)
+        shutil.copytree(temporary, folder, dirs_exist_ok=True)  # it may be a link or a mount
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise CheckpointError(f"cannot save {folder}: {error}") from None
     finally:
@@ -249,7 +244,8 @@ def save_last(args, recipe: dict, trainer_state: dict, step: int, history, epoch
 
 def delete_last(folder: Path) -> None:
     path = folder / LAST
-    for old in (path, previous_path(path), temporary_path(path)):
+    refused = path.with_stem("last.refused")
+    for old in (path, previous_path(path), temporary_path(path), refused):
         old.unlink(missing_ok=True)
 
 
@@ -264,11 +260,16 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
     try:
         state = load_checkpoint(path, LAST_KEYS)
     except CheckpointError as error:
-        if not previous.exists():
+        if launcher and not previous.exists():
+            return None
+        if not previous.exists() or (path.exists() and not os.access(path, os.R_OK)):
             raise
         print(f"warning: {error}; resuming from the save before it, {previous}", flush=True)
         state = load_checkpoint(previous, LAST_KEYS)
-        os.replace(previous, path)  # else the next save would keep the corrupted one as `previous`
+        # else the next save would keep the corrupted one as `previous`
+        if path.exists():
+            os.replace(path, path.with_stem("last.refused"))
+        os.replace(previous, path)
     if launcher and state["launcher"] != launcher:
         return None
     saved = state["recipe"]

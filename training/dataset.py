@@ -352,7 +352,9 @@ def load_tokenizer(folder: Path):
 def tokenize(texts: list[str], folder: Path, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """All texts in one batched call -> (ids of all rows end to end, where each row ends)."""
     tokenizer = load_tokenizer(folder)
-    with suppress(OSError, ValueError, KeyError):  # a checkpoint's tokenizer has none beside it
+    with suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # a checkpoint's tokenizer has none beside it
         expected = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         if len(tokenizer) < 0.9 * expected:
             raise DataError(

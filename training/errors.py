@@ -1,4 +1,4 @@
-"""How a run ends early: errors in one line, stop signals, the death of torchrun."""
+"""What a run says, and how it ends early: errors in one line, stop signals, torchrun's death."""
 
 import ctypes
 import errno
@@ -24,6 +24,21 @@ def discard_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+
+
+class ProgressBar(tqdm):
+    """tqdm over the steps, for a run that may outlive its terminal."""
+
+    def __init__(self, total_steps: int, step: int, show: bool):
+        seconds = 0.5 if sys.stderr.isatty() else 20  # in a log file every refresh is a line
+        how = {"unit": "step", "dynamic_ncols": True, "mininterval": seconds}
+        super().__init__(total=total_steps, initial=step, disable=not show, **how)
+
+    def display(self, *args, **kwargs):
+        try:
+            return super().display(*args, **kwargs)
+        except OSError:
+            discard_output()
 
 
 def print0(text: str) -> None:

@@ -125,8 +125,8 @@ def git_commit() -> str | None:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+        return os.environ.get("GIT_COMMIT")
+    return done.stdout.strip() or os.environ.get("GIT_COMMIT")  # set where the code has no .git
 
 
 def record_header(device: "torch.device | None" = None) -> dict:

@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import checkpoint
 import comm_hooks
@@ -146,7 +145,7 @@ def main() -> None:
     profiler.start(args.profile, optimizer, total_steps - step)
 
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
-    progress = tqdm(total=total_steps, initial=step, disable=not master_process, **utils.BAR)
+    progress = errors.ProgressBar(total_steps, step, show=master_process)
     read_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
     running = torch.zeros(2, device=device)  # loss and correct rows since they were last read
     stop_signals = errors.note_stop_signals()

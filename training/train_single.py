@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import checkpoint
 import dataset
@@ -108,7 +107,7 @@ def main() -> None:
 
     model = raw_model
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
-    progress = tqdm(total=total_steps, initial=step, disable=not master_process, **utils.BAR)
+    progress = errors.ProgressBar(total_steps, step, show=master_process)
     read_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
     running = torch.zeros(2, device=device)  # loss and correct rows since they were last read
     stop_signals = errors.note_stop_signals()

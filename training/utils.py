@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import math
 import os
-import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -24,8 +23,6 @@ class UsageError(Exception):
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BACKENDS = ("auto", "nccl", "gloo")
 LR_HELP = "peak (default: 3e-5 * sqrt(rows a step / 32); 1.4e-4 * ... if narrower than 768)"
-# in a log file every refresh of the progress bar is a line
-BAR = {"unit": "step", "dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 20}
 
 
 # Processes
@@ -42,8 +39,8 @@ def torchrun_ranks() -> tuple[int, int, int]:
 def collective_timeout() -> timedelta:
     """How long a collective may wait for the other ranks: TIMEOUT in seconds, or ten minutes."""
     value = os.environ.get("TIMEOUT") or "600"
-    if not value.isdecimal():
-        raise UsageError(f"TIMEOUT={value}: expected a whole number of seconds")
+    if not value.isdecimal() or not 1 <= int(value) <= 86400:
+        raise UsageError(f"TIMEOUT={value}: expected seconds, 1 to 86400")
     return timedelta(seconds=int(value))
 
 

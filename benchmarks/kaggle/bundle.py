@@ -27,6 +27,7 @@ What it does once it has unpacked itself is in benchmarks/kaggle/run.py.
 import base64
 import io
 import lzma
+import os
 import subprocess
 import sys
 import tarfile
@@ -41,7 +42,8 @@ packed = io.BytesIO(lzma.decompress(base64.b85decode(CONTENT.replace("\\n", ""))
 with tarfile.open(fileobj=packed) as files:
     files.extractall(place)
 command = [sys.executable, "-m", "benchmarks.kaggle.run", str(Path.cwd()), *sys.argv[1:]]
-sys.exit(subprocess.run(command, cwd=place).returncode)
+env = os.environ | {"GIT_COMMIT": "{commit}"}
+sys.exit(subprocess.run(command, cwd=place, env=env).returncode)
 '''
 
 

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args, header = parser.parse_args(), machine.record_header()
     found = []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
@@ -137,7 +137,7 @@ def main() -> None:
     )
     print(f"{good} of {len(found)} refused with one line; no code ran")
     if args.out:
-        write_record(args.out, machine.record_header() | {"files": found})
+        write_record(args.out, header | {"files": found})
     sys.exit(good != len(found))
 
 

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args, header = parser.parse_args(), machine.record_header()
     kills = []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
@@ -144,7 +144,7 @@ def main() -> None:
     good = sum(one.get("equal", False) and not one["left_behind"] for one in kills)
     print(f"{good} of {len(kills)} ended as the undisturbed run did, with nothing left behind")
     if args.out:
-        write_record(args.out, machine.record_header() | {"steps": STEPS, "kills": kills})
+        write_record(args.out, header | {"steps": STEPS, "kills": kills})
     sys.exit(good != len(kills))
 
 

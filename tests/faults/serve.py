@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--overload-seconds", type=float, default=60)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args, header = parser.parse_args(), machine.record_header()
     folder = os.environ.get("AG_NEWS_DIR")
     texts = read_folder(Path(folder) if folder else SAMPLE)[1].texts
     try:
@@ -318,7 +318,7 @@ def main() -> None:
     with process(checkpoints, "--no-access-log", ENGINE=args.engine) as (url, master):
         found = asyncio.run(attack(urlsplit(url).port, master, texts, expected, args))
     record = (
-        machine.record_header()
+        header
         | {
             "engine": args.engine,
             "texts": f"folder {Path(folder).name}" if folder else "sample",
