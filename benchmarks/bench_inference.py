@@ -35,11 +35,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.bench_training import make_backbone
-from benchmarks.figures import ROOT, write_record
+from benchmarks.figures import ROOT, record_header, write_record
 from inference import export
 from inference.model_loader import CHECKPOINT, INT8_XML, Classifier, threads, torch_engine
-from training import machine
-from training.dataset import SAMPLE, read_folder
+from training.ag_news import SAMPLE, read_folder
 from training.model import Config
 
 RECORD = "inference_speed.json"
@@ -328,7 +327,7 @@ def main() -> None:
     args.rounds, args.seconds = args.rounds or rounds, args.seconds or seconds
     data = os.environ.get("AG_NEWS_DIR")
     texts = read_folder(Path(data) if data else SAMPLE)[1].texts
-    header = machine.record_header()
+    header = record_header()
     with tempfile.TemporaryDirectory() as folder:
         rows, skipped = run(args, Path(folder), texts)
     record = header | {

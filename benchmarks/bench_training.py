@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from benchmarks.cost_model import flops_per_sample
-from benchmarks.figures import RESULTS, ROOT, Speed, write_record
+from benchmarks.figures import RESULTS, ROOT, Speed, record_header, write_record
 from training import errors, machine, utils
+from training.ag_news import SourceError, find_data
 from training.dataset import DataError, prepare_data
 from training.model import (
     Config,
@@ -300,7 +301,7 @@ def main() -> None:
     if load > 0.5:
         text = "other programs are running; the figures will be too low, and their ratios wrong"
         print(f"warning: load average {load:.1f}: {text}", file=sys.stderr)
-    header, t0 = machine.record_header(device), time.perf_counter()
+    header, t0 = record_header(device), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         backbone, model = Path(folder) / "backbone", "DistilBERT-base, random weights"
         if args.model == "base":
@@ -308,7 +309,7 @@ def main() -> None:
         else:
             backbone, model, _ = find_backbone(args.model)
         config = read_config(json.loads((backbone / "config.json").read_text()))
-        lengths = prepare_data(source, backbone, 128, None, 8).train.lengths
+        lengths = prepare_data(find_data(source), backbone, 128, None, 8).train.lengths
         flops = fmean(flops_per_sample(config, int(tokens)) for tokens in lengths)
         bench = Bench(backbone.resolve(), source, Path(folder), cuda, devices, args.quick)
         rows = run_rounds(bench, precision, args.minutes)
@@ -336,5 +337,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with errors.one_line_errors(ModelError, DataError, utils.UsageError):
+    with errors.one_line_errors(ModelError, SourceError, DataError, utils.UsageError):
         main()

@@ -7,12 +7,16 @@ that was not measured is an empty Series, which a page shows as the command that
 import json
 import math
 import re
+import shlex
+import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks.cost_model import Pieces, step, waterfall
+from training import machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,6 +30,18 @@ VALIDATION = {"micro": {12, 24, 48, 96, 192}, "accumulation": {3}}
 def read(name: str) -> dict | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def record_header(device=None) -> dict:
+    """What every record of a `python -m ...` begins with: what ran, when, where, on what."""
+    module = sys.modules["__main__"].__spec__.name
+    return {
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "started": datetime.now().isoformat(timespec="seconds"),
+        "host": machine.host(device),
+        "versions": machine.versions(),
+        "git_commit": machine.git_commit(),
+    }
 
 
 def write_record(path: Path, record: dict, rows: list[dict] | None = None) -> None:

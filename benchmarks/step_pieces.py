@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
 
 from training import comm_hooks, machine, utils
+from training.ag_news import find_data
 from training.comm_hooks import all_reduce_rows, register_comm_hook
 from training.dataset import collate, prepare_data
 from training.model import Config, load_backbone
@@ -77,7 +78,7 @@ class Rank:
             dist.init_process_group("cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo")
         torch.manual_seed(0)
         folder = Path(plan["backbone"])
-        self.data = prepare_data(plan["source"], folder, 128, None, 8).train
+        self.data = prepare_data(find_data(plan["source"]), folder, 128, None, 8).train
         self.order = self.data.lengths.argsort(kind="stable")
         self.raw_model = load_backbone(folder).to(self.device)
         self.models = {}
@@ -131,7 +132,7 @@ class Rank:
         for micro_step, (input_ids, attention_mask, labels) in enumerate(batches, 1):
             sync = variant == "ddp" and micro_step == len(batches)
             no_sync = variant in ("ddp", "no_sync") and not sync
-            with autocast(), model.no_sync() if no_sync else nullcontext():
+            with autocast, model.no_sync() if no_sync else nullcontext():
                 logits = model(to_device(input_ids), to_device(attention_mask)).float()
             loss = F.cross_entropy(logits, to_device(labels), reduction="sum")
             scaler.scale(loss / sum(map(len, rows))).backward()

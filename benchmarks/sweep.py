@@ -16,8 +16,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.figures import ROOT, write_record
-from training import machine
+from benchmarks.figures import ROOT, record_header, write_record
 
 RECORD = ROOT / "benchmarks" / "results" / "sweep.json"
 BATCH = 256  # the default, for which epochs and warm-up are tried, too
@@ -74,7 +73,7 @@ def main() -> None:
             return
         runs.append(train(recipe, args.rows))
         print(f"{recipe} -> {runs[-1]['val_accuracy']:.4f}", flush=True)
-        record = machine.record_header() | {
+        record = record_header() | {
             "model": "packaged",
             "train_samples": args.rows,
             "best": best(),

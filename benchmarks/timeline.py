@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.figures import RESULTS, ROOT, read, short, write_record
+from benchmarks.figures import RESULTS, ROOT, read, record_header, short, write_record
 from benchmarks.plots import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, figure, svg
 from training import machine
 
@@ -109,7 +109,7 @@ def main() -> None:
     add("--record", action="store_true", help="write to benchmarks/results/")
     add("--model", help="packaged, a name or a folder (default: base's shape, random weights)")
     add("--global-batch-size", type=int, default=64, help="rows a step (default: %(default)s)")
-    args, header = parser.parse_args(), machine.record_header()
+    args, header = parser.parse_args(), record_header()
     source, batch, rows = os.environ.get("AG_NEWS_DIR", "sample"), args.global_batch_size, []
     if batch % 8:
         sys.exit(f"error: --global-batch-size {batch}: expected a multiple of 8")

@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from training.ag_news import find_data
 from training.dataset import prepare_data
 from training.model import load_backbone
 
@@ -45,7 +46,7 @@ class Clock(TrainerCallback):
 def main() -> None:
     backbone, source, steps, warm_up = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5])
     flags = json.loads(sys.argv[5])
-    train = prepare_data(source, backbone, 128, steps * BATCH, 8).train
+    train = prepare_data(find_data(source), backbone, 128, steps * BATCH, 8).train
     rows = [{"input_ids": train[i][0].tolist(), "labels": train[i][1]} for i in range(len(train))]
     ours = load_backbone(backbone)
     model = DistilBertForSequenceClassification(DistilBertConfig(**asdict(ours.config)))

@@ -39,8 +39,9 @@ from inference.model_loader import (
     sha256,
     torch_engine,
 )
+from training.ag_news import SourceError, find_data
 from training.checkpoint import load_checkpoint
-from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data, read_source
+from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data
 from training.model import Config, NewsClassifier
 
 MAX_ACCURACY_DROP = 0.003
@@ -126,13 +127,13 @@ def to_int8(folder: Path, choice: str | None) -> None:
     trained_on = state["provenance"]["data"]
     if choice is None:
         choice = "sample" if trained_on == "sample" else "auto"
-    *_, source, why = read_source(choice)
-    if choice == "auto" and source == "sample" != trained_on:
+    source = find_data(choice)
+    if choice == "auto" and source.name == "sample" != trained_on:
         raise LoadError(
-            f"the model was trained on {trained_on}, which was not found ({why}); name its folder "
-            "with --data"
+            f"the model was trained on {trained_on}, which was not found ({source.why}); name its "
+            "folder with --data"
         )
-    data = prepare_data(choice, folder / "tokenizer", exact.max_length, None, None)
+    data = prepare_data(source, folder / "tokenizer", exact.max_length, None, None)
     rows = calibration_rows(data.train)
     print(f"quantizing with {len(rows)} training rows of {data.source}", flush=True)
     with tempfile.TemporaryDirectory(dir=folder) as new:
@@ -276,7 +277,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (LoadError, DataError) as error:
+    except (LoadError, SourceError, DataError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -r requirements.txt")

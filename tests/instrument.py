@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import ag_news
 import checkpoint
 import dataset
 import errors
@@ -71,8 +72,8 @@ def main() -> None:
         exit_now(status)
 
     os._exit = save_and_exit  # how a signal or a user's error ends the script
-    kinds = (utils.UsageError, checkpoint.CheckpointError, dataset.DataError, model.ModelError)
-    with errors.one_line_errors(*kinds):
+    kinds = (ag_news.SourceError, dataset.DataError, model.ModelError)
+    with errors.one_line_errors(*kinds, utils.UsageError, checkpoint.CheckpointError):
         script.main()
     save()
     assert not dist.is_initialized()  # the script has cleaned up

@@ -11,8 +11,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+import ag_news
 import dataset
-from dataset import LABELS, DataError, LengthGroupedSampler
+from ag_news import LABELS, SourceError
+from dataset import DataError, LengthGroupedSampler
 
 ROWS = [("Storm hits coast", 0), ('They "won", twice', 1), ("Shares, up 3%", 2), ("A \\ comet", 3)]
 TABLE = {"text": [text for text, _ in ROWS], "label": [label for _, label in ROWS]}
@@ -52,6 +54,10 @@ def form(name):
     return ["Class Index,Title,Description", *lines] if name == "kaggle" else lines
 
 
+def prepare(choice, backbone, max_length=128):
+    return dataset.prepare_data(ag_news.find_data(choice), backbone, max_length, None, None)
+
+
 # Reading
 
 
@@ -63,7 +69,7 @@ def rows(examples):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("file", ["train.csv", "train.csv.gz"])
 def test_the_forms_in_circulation_read_alike(tmp_path, name, encoding, file):
-    examples = dataset.read_examples(write(tmp_path / file, form(name), encoding))
+    examples = ag_news.read_examples(write(tmp_path / file, form(name), encoding))
     assert rows(examples) == ROWS
     assert examples.ignored == (["(unnamed)"] if "index" in name else [])
 
@@ -71,12 +77,12 @@ def test_the_forms_in_circulation_read_alike(tmp_path, name, encoding, file):
 def test_labels_that_pandas_wrote_as_floats_are_read(tmp_path):
     lines = ["text\tlabel", *(f"{text}\t{label}.0" for text, label in ROWS)]
     write(tmp_path / "train.tsv.gz", lines)
-    assert rows(dataset.read_split(tmp_path, "train")) == ROWS
+    assert rows(ag_news.read_split(tmp_path, "train")) == ROWS
 
 
 def test_quoted_newlines_windows_line_ends_blank_lines_and_words_like_na_are_read(tmp_path):
     lines = ["text,label\r", "NA,0\r", '"two\r\nlines",1\r', "\r", "null,2\r", "nul\0,3\r"]
-    found = rows(dataset.read_examples(write(tmp_path / "train.csv", lines)))
+    found = rows(ag_news.read_examples(write(tmp_path / "train.csv", lines)))
     assert found == [("NA", 0), ("two\r\nlines", 1), ("null", 2), ("nul\0", 3)]
 
 
@@ -84,7 +90,7 @@ def test_quoted_newlines_windows_line_ends_blank_lines_and_words_like_na_are_rea
 def test_json_lines_read_like_csv(tmp_path, file):
     lines = [json.dumps({"label_text": "-", "label": y, "text": x}) for x, y in ROWS]
     write(tmp_path / file, lines)
-    examples = dataset.read_split(tmp_path, "train")
+    examples = ag_news.read_split(tmp_path, "train")
     assert rows(examples) == ROWS and examples.ignored == ["label_text"]
 
 
@@ -103,7 +109,7 @@ def test_parquet_reads_like_csv_and_labels_are_taken_by_their_declared_name(
 ):
     columns = {"id": [b"a"] * 4, **TABLE, "label": labels}
     path = write_parquet(tmp_path / "label=3" / "train.parquet", columns, class_names)
-    examples = dataset.read_examples(path)
+    examples = ag_news.read_examples(path)
     assert rows(examples) == ROWS and examples.ignored == ["id"]
 
 
@@ -113,22 +119,22 @@ def test_a_folder_may_be_laid_out_as_the_hub_does(tmp_path):
         write_parquet(tmp_path / "data" / f"train-0000{i}-of-00004.parquet", columns)
     write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", TABLE)
     for folder in (tmp_path, tmp_path / "data"):
-        assert [rows(split) for split in dataset.read_folder(folder)] == [ROWS, ROWS]
+        assert [rows(split) for split in ag_news.read_folder(folder)] == [ROWS, ROWS]
     (tmp_path / "data" / "train-00002-of-00004.parquet").unlink()
-    with pytest.raises(DataError, match="3 train shards; expected 00004"):
-        dataset.read_folder(tmp_path)
+    with pytest.raises(SourceError, match="3 train shards; expected 00004"):
+        ag_news.read_folder(tmp_path)
 
 
 def test_csv_is_taken_where_parquet_lies_beside_it(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.csv", form("kaggle"))
         write_parquet(tmp_path / f"{split}.parquet", {"text": ["other"], "label": [0]})
-    assert rows(dataset.read_folder(tmp_path)[0]) == ROWS
+    assert rows(ag_news.read_folder(tmp_path)[0]) == ROWS
 
 
 def refused(path, says):
-    with pytest.raises(DataError) as caught:
-        dataset.read_examples(path)
+    with pytest.raises(SourceError) as caught:
+        ag_news.read_examples(path)
     assert says in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -196,20 +202,20 @@ def test_unreadable_files_are_one_line(tmp_path):
     cut = write(tmp_path / "train.csv.gz", form("kaggle"))
     cut.write_bytes(cut.read_bytes()[:-20])
     refused(cut, "")
-    with pytest.raises(DataError, match="has no test file"):
-        dataset.read_folder(write(tmp_path / "a" / "train.csv", form("kaggle")).parent)
-    with pytest.raises(DataError, match="no such folder"):
-        dataset.read_folder(tmp_path / "nowhere")
+    with pytest.raises(SourceError, match="has no test file"):
+        ag_news.read_folder(write(tmp_path / "a" / "train.csv", form("kaggle")).parent)
+    with pytest.raises(SourceError, match="no such folder"):
+        ag_news.read_folder(tmp_path / "nowhere")
 
 
 def test_too_few_rows_or_classes(tmp_path, tiny_backbone):
     write(tmp_path / "test.csv", form("text,label"))
     write(tmp_path / "train.csv", form("text,label")[:4])
-    with pytest.raises(DataError, match="no training row is labelled Sci/Tech"):
-        dataset.prepare_data(str(tmp_path), tiny_backbone, 128, None, None)
+    with pytest.raises(SourceError, match="no training row is labelled Sci/Tech"):
+        prepare(str(tmp_path), tiny_backbone)
     write(tmp_path / "train.csv", form("text,label"))
     with pytest.raises(DataError, match="expected at least 2"):
-        dataset.prepare_data(str(tmp_path), tiny_backbone, 128, None, None)
+        prepare(str(tmp_path), tiny_backbone)
 
 
 # Choosing a source
@@ -220,25 +226,25 @@ def nowhere(monkeypatch, tmp_path, news_folder):
     """No environment variable, no Kaggle input, no Hub; the sample is the tests' own news."""
 
     def no_hub():
-        raise DataError("the Hub does not answer")
+        raise SourceError("the Hub does not answer")
 
     monkeypatch.delenv("AG_NEWS_DIR", raising=False)
-    monkeypatch.setattr(dataset, "KAGGLE_INPUT", tmp_path / "kaggle")
-    monkeypatch.setattr(dataset, "SAMPLE", news_folder)
-    monkeypatch.setattr(dataset, "read_hub", no_hub)
+    monkeypatch.setattr(ag_news, "KAGGLE_INPUT", tmp_path / "kaggle")
+    monkeypatch.setattr(ag_news, "SAMPLE", news_folder)
+    monkeypatch.setattr(ag_news, "read_hub", no_hub)
     return tmp_path
 
 
 def test_auto_takes_the_sample_where_nothing_else_is_available_and_says_so(nowhere, tiny_backbone):
-    data = dataset.prepare_data("auto", tiny_backbone, 128, None, None)
+    data = prepare("auto", tiny_backbone)
     assert data.source == "sample" and "Hub does not answer" in data.why
     assert "not an AG News figure" in data.note
-    assert dataset.prepare_data("sample", tiny_backbone, 128, None, None).note == ""
+    assert prepare("sample", tiny_backbone).note == ""
 
 
 def test_auto_prefers_the_hub_to_the_sample(nowhere, monkeypatch):
-    monkeypatch.setattr(dataset, "read_hub", lambda: ("train", "test"))
-    assert dataset.read_source("auto")[2] == "fancyzhx/ag_news"
+    monkeypatch.setattr(ag_news, "read_hub", lambda: ("train", "test"))
+    assert ag_news.find_data("auto")[2] == "fancyzhx/ag_news"
 
 
 @pytest.mark.parametrize("mount", ["m-ag-news", "datasets/someone/ag-news"])
@@ -246,7 +252,7 @@ def test_auto_prefers_the_hub_to_the_sample(nowhere, monkeypatch):
 def test_auto_takes_the_kaggle_input_whose_rows_are_all_ag_news(
     nowhere, monkeypatch, mount, suffix
 ):
-    monkeypatch.setattr(dataset, "read_hub", lambda: pytest.fail("the Hub was asked first"))
+    monkeypatch.setattr(ag_news, "read_hub", lambda: pytest.fail("the Hub was asked first"))
     kaggle = nowhere / "kaggle"
     write(kaggle / "a-titanic" / "train.csv", ["PassengerId,Survived", "1,0"])
     write(kaggle / "b-only-train" / "train.csv", form("kaggle"))
@@ -257,29 +263,29 @@ def test_auto_takes_the_kaggle_input_whose_rows_are_all_ag_news(
         write(kaggle / "z-later" / f"{split}.csv", ["text,label", *(f"z,{i}" for i in range(4))])
         path = kaggle / mount / f"{split}.{suffix}"
         write_parquet(path, TABLE) if suffix == "parquet" else write(path, form("kaggle"))
-    train, _, source, _ = dataset.read_source("auto")
+    train, _, source, *_ = ag_news.find_data("auto")
     assert source == f"Kaggle input {mount}" and rows(train) == ROWS
 
 
 def test_auto_prefers_ag_news_dir_to_all(nowhere, monkeypatch, news_folder):
-    monkeypatch.setattr(dataset, "read_kaggle", lambda: pytest.fail("Kaggle was looked at first"))
+    monkeypatch.setattr(ag_news, "read_kaggle", lambda: pytest.fail("Kaggle was looked at first"))
     monkeypatch.setenv("AG_NEWS_DIR", str(news_folder))
-    assert dataset.read_source("auto")[3] == "AG_NEWS_DIR is set"
+    assert ag_news.find_data("auto")[3] == "AG_NEWS_DIR is set"
 
 
 def test_an_explicit_choice_never_falls_back(nowhere, monkeypatch):
-    with pytest.raises(DataError):
-        dataset.read_source("ag_news")
+    with pytest.raises(SourceError):
+        ag_news.find_data("ag_news")
     monkeypatch.setenv("AG_NEWS_DIR", str(nowhere / "typo"))
-    with pytest.raises(DataError, match="AG_NEWS_DIR=.*no such folder"):
-        dataset.read_source("auto")
+    with pytest.raises(SourceError, match="AG_NEWS_DIR=.*no such folder"):
+        ag_news.find_data("auto")
 
 
 def test_a_kaggle_input_that_is_not_taken_is_named_with_its_fault(nowhere):
     lines = form("kaggle")
     write(nowhere / "kaggle" / "ag-news" / "train.csv", [*lines, "2,,"])
     write(nowhere / "kaggle" / "ag-news" / "test.csv", lines)
-    _, _, source, why = dataset.read_source("auto")
+    _, _, source, why, _ = ag_news.find_data("auto")
     assert source == "sample" and f"line {len(lines) + 1}: no text" in why and "Hub" in why
 
 
@@ -295,9 +301,9 @@ def test_validation_is_5_percent_of_every_class_and_always_the_same():
 
 
 def test_rows_keep_their_tokens_and_labels(news_folder, tiny_backbone):
-    data = dataset.prepare_data(str(news_folder), tiny_backbone, 12, None, None)
+    data = prepare(str(news_folder), tiny_backbone, 12)
     tokenizer = dataset.load_tokenizer(tiny_backbone)
-    train, test = dataset.read_folder(news_folder)
+    train, test = ag_news.read_folder(news_folder)
     _, val_rows = dataset.split_validation(np.array(train.labels))
     expected = {(train.texts[i], train.labels[i]) for i in val_rows}
     expected = sorted((tokenizer(t)["input_ids"][:11] + [3], label) for t, label in expected)
@@ -317,7 +323,7 @@ def test_ignored_columns_and_the_highest_token_id_are_reported(
     lines = (news_folder / "train.csv").read_text().splitlines()
     numbered = ["Unnamed: 0," + lines[0], *(f"{i},{line}" for i, line in enumerate(lines[1:]))]
     write(tmp_path / "news" / "train.csv", numbered)
-    data = dataset.prepare_data(str(tmp_path / "news"), tiny_backbone, 128, None, None)
+    data = prepare(str(tmp_path / "news"), tiny_backbone)
     assert "Unnamed: 0" in data.note and data.why == "set by --data"
     splits = (data.train, data.val, data.test)
     assert data.vocab_size == 1 + max(int(s[i][0].max()) for s in splits for i in range(len(s)))
@@ -490,7 +496,7 @@ def test_all_ranks_have_equally_much_to_do_and_little_of_it_is_padding():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_rows_are_on_exactly_one_rank(news_folder, tiny_backbone, world_size):
-    test = dataset.prepare_data(str(news_folder), tiny_backbone, 128, None, None).test
+    test = prepare(str(news_folder), tiny_backbone).test
     loaders = [dataset.eval_loader(test, 4, rank, world_size) for rank in range(world_size)]
     every = sorted(i for loader in loaders for batch in loader.batch_sampler for i in batch)
     assert every == list(range(53))

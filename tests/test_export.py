@@ -13,7 +13,7 @@ from fakes import COMMON, WORDS
 from ranks import ROOT, run
 
 import checkpoint
-from dataset import read_folder
+from ag_news import read_folder
 from inference import export, model_loader
 from inference.model_loader import INT8_BIN, Classifier, LoadError, sha256
 

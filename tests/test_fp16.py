@@ -26,7 +26,7 @@ def gradients(model, batch, scaler, precision):
     """The loss, and the gradients as the optimizer gets them."""
     input_ids, mask, labels = batch
     optimizer = utils.make_optimizer(model, 1e-3)
-    with utils.autocast(torch.device("cpu"), precision)():
+    with utils.autocast(torch.device("cpu"), precision):
         logits = model(input_ids, mask).float()
     loss = F.cross_entropy(logits, labels)
     scaler.scale(loss).backward()

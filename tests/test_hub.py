@@ -16,21 +16,21 @@ from huggingface_hub import constants
 from ranks import ROOT, run
 from safetensors.torch import load_file
 
-import dataset
+import ag_news
 import machine
-from dataset import DataError
+from ag_news import SourceError
 from model import PACKAGED, PACKAGED_MODULE, ModelError, find_backbone, load_backbone
 
 LOAD = """
 import json, sys, time
-import dataset, machine, model
+import ag_news, machine, model
 began = time.monotonic()  # after the imports, which take long on a busy machine
-machine.hub_answers()
+machine.set_offline_mode()
 answer = {}
-for name, find in (("model", model.find_backbone), ("data", dataset.read_source)):
+for name, find in (("model", model.find_backbone), ("data", ag_news.find_data)):
     try:
-        answer[name] = [str(part) for part in find(sys.argv[1])][-2:]
-    except (dataset.DataError, model.ModelError) as error:
+        answer[name] = [part for part in find(sys.argv[1]) if isinstance(part, str)][:2]
+    except (ag_news.SourceError, model.ModelError) as error:
         answer[name] = str(error)
 answer["seconds"] = time.monotonic() - began
 print(json.dumps(answer))
@@ -38,7 +38,7 @@ print(json.dumps(answer))
 
 
 def load(choice, cache, endpoint):
-    """What find_backbone and read_source say in a fresh process whose Hub is `endpoint`."""
+    """What find_backbone and find_data say in a fresh process whose Hub is `endpoint`."""
     online = {"HF_HOME": str(cache), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
     done = run([sys.executable, "-c", LOAD, choice], ROOT, **online)
     assert done.returncode == 0, done.stderr
@@ -52,7 +52,7 @@ def hub_folder(tiny_backbone, news_folder, tmp_path_factory):
     shutil.copytree(tiny_backbone, folder / "models" / "distilbert-base-uncased")
     data = folder / "datasets" / "fancyzhx" / "ag_news" / "data"
     data.mkdir(parents=True)
-    for split, news in zip(("train", "test"), dataset.read_folder(news_folder), strict=True):
+    for split, news in zip(("train", "test"), ag_news.read_folder(news_folder), strict=True):
         table = pyarrow.table({"text": news.texts, "label": news.labels})
         pyarrow.parquet.write_table(table, data / f"{split}-00000-of-00001.parquet")
     (data.parent / "README.md").write_text("# AG News\n")
@@ -88,7 +88,7 @@ def test_a_hub_that_does_not_speak_http_is_offline(monkeypatch, kind):
         monkeypatch.setenv("HF_ENDPOINT", "http://exa mple.com" if kind == "no host name" else url)
         if kind == "another protocol":
             threading.Thread(target=babble, args=[server]).start()
-        assert machine.hub_answers(seconds=5) is False
+        assert machine.set_offline_mode(seconds=5) is False
     assert not raised
 
 
@@ -225,7 +225,7 @@ def test_data_is_found_in_a_cache_that_cannot_be_written(
     else:
         folder = cache / "datasets" / name.replace("/", "___") / "default" / "0.0.0" / COMMIT
     (folder / "data").mkdir(parents=True)
-    expected = dataset.read_folder(news_folder)
+    expected = ag_news.read_folder(news_folder)
     for split, examples in zip(("train", "test"), expected, strict=True):
         table = pyarrow.table({"text": examples.texts, "label": examples.labels})
         if kept_by == "huggingface_hub":
@@ -235,10 +235,10 @@ def test_data_is_found_in_a_cache_that_cannot_be_written(
             path = folder / f"ag_news-{split}.arrow"
             with pyarrow.ipc.new_stream(path, table.schema) as file:
                 file.write_table(table)
-    assert dataset.read_hub() == expected
+    assert ag_news.read_hub() == expected
     path.write_bytes(path.read_bytes()[:1000])  # what was cut short is not taken
-    with pytest.raises(DataError, match="not in the Hugging Face cache"):
-        dataset.read_hub()
+    with pytest.raises(SourceError, match="not in the Hugging Face cache"):
+        ag_news.read_hub()
 
 
 def test_a_download_that_fails_is_one_line_with_its_reason(hub_folder, tmp_path):

@@ -6,6 +6,7 @@ from ranks import losses, train
 from torch.nn import functional as F
 
 import dataset
+from ag_news import find_data
 from model import load_backbone
 
 STEPS = 20
@@ -59,7 +60,8 @@ def test_the_gradient_is_that_of_transformers_own_model_on_the_whole_batch(
 ):
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    data = dataset.prepare_data(str(news_folder), calm_backbone, 128, None, None)
+    source = find_data(str(news_folder))
+    data = dataset.prepare_data(source, calm_backbone, 128, None, None)
     torch.manual_seed(0)
     ours = load_backbone(calm_backbone)
     config = DistilBertConfig.from_pretrained(calm_backbone, num_labels=4)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dataset import LABELS, SAMPLE, read_examples
+from ag_news import LABELS, SAMPLE, read_examples
 
 SPLITS = {"train": 480, "test": 120}
 

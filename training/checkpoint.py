@@ -16,7 +16,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -96,10 +96,8 @@ def save_checkpoint(state: dict, path: Path) -> None:
             f"cannot save {path}: {reason}; what was there is unchanged"
         ) from None
     finally:
-        try:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
 
 
 def load_checkpoint(path: Path, keys: Iterable[str]) -> dict:
@@ -295,27 +293,27 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
     it: rank 0 reads and sends the state to the others, which may be on a host without the file.
     Ranks that torchrun restarted resume even with --fresh, if it was this run that saved.
     """
-    folder, state = args.checkpoint_dir, None
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    folder, state, finished = args.checkpoint_dir, None, False
     distributed = dist.is_initialized()
+    restarted = distributed and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if not distributed or dist.get_rank() == 0:
         if args.fresh and not restarted:
             delete_last(folder)
         state = read_last(folder / LAST, recipe, launcher_id() if args.fresh else None)
-        if state is None and restarted and (folder / MODEL).exists():
-            provenance = load_checkpoint(folder / MODEL, ("provenance",))["provenance"]
-            state = "finished" if provenance["launcher"] == launcher_id() else None
-        elif state:
+        if state:
             before, now = state["recipe"]["--precision"], recipe["--precision"]
             change = f", in {now} instead of {before}" if now != before else ""
             print(f"resuming from {folder / LAST} at step {state['step']}{change}", flush=True)
+        elif restarted and (folder / MODEL).exists():  # perhaps killed after its last save
+            provenance = load_checkpoint(folder / MODEL, ("provenance",))["provenance"]
+            finished = provenance["launcher"] == launcher_id()
     if distributed:
-        box = [state]
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-        state = box[0]
-    if state == "finished":
+        from_rank_0 = [state, finished]
+        dist.broadcast_object_list(from_rank_0, device=torch.device("cpu"))
+        state, finished = from_rank_0
+    if finished:
         dist.all_reduce(torch.zeros(1))  # a barrier on the CPU
-        sys.exit(0)  # killed between its last save and its end: nothing is left to do
+        sys.exit(0)  # nothing is left to do
     if state is None:
         return 0, {"epochs": [], "curve": [], "resumed_at": []}, torch.zeros(4, dtype=torch.float64)
     for name, part in trainer_state.items():

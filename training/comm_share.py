@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from comm_hooks import EMBEDDING_WEIGHT
+from errors import print0
 from utils import all_reduce_sum
 
 
@@ -16,7 +17,7 @@ def timed_backward(model, batch, autocast, device, context) -> float:
     input_ids, attention_mask, labels = (tensor.to(device) for tensor in batch)
     all_reduce_sum([0.0])  # all ranks begin together
     t0 = time.perf_counter()
-    with autocast(), context:
+    with autocast, context:
         loss = F.cross_entropy(model(input_ids, attention_mask).float(), labels)
     loss.backward()
     if device.type == "cuda":
@@ -24,30 +25,32 @@ def timed_backward(model, batch, autocast, device, context) -> float:
     return time.perf_counter() - t0
 
 
-def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: int, args) -> str:
-    """One line: the share of communication in a step, and the flags that send fewer bytes.
+def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: int, args) -> None:
+    """Prints the share of communication in a step, and the flags that send fewer bytes.
 
     Times forward and backward of one micro-batch with its all-reduce and, under `no_sync`, without.
-    Every rank calls it; the gradients that it leaves are to be thrown away.
+    Every rank calls it, rank 0 prints; no gradients are left.
     """
     device, both, compute = next(model.parameters()).device, [], []
     for _ in range(3):
         both.append(timed_backward(model, batch, autocast, device, nullcontext()))
         compute.append(timed_backward(model, batch, autocast, device, model.no_sync()))
+    model.zero_grad()
     both, compute = all_reduce_sum([min(both), min(compute)])  # sums: their ratio is the mean's
     share = max(0.0, both - compute) / (grad_accum_steps * compute + max(0.0, both - compute))
     sizes = {name: 4 * p.numel() / 1e6 for name, p in model.module.named_parameters()}
     total = sum(sizes.values())
-    sent, levers = total, []
+    sent, flags = total, []
     if not args.sparse_embeddings:
         sent -= sizes[EMBEDDING_WEIGHT]
-        levers.append("--sparse-embeddings")
+        flags.append("--sparse-embeddings")
     if args.grad_compression == "none" and device.type == "cuda":  # gloo adds 16 bits slowly
         sent /= 2
-        levers.append("--grad-compression fp16")
-    line = f"communication: {share:.0%} of a step's forward and backward"
+        flags.append("--grad-compression fp16")
     if share < 0.1:
-        return f"{line}; little is left to gain"
-    if not levers:
-        return f"{line}; a larger --global-batch-size needs fewer all-reduces a row"
-    return f"{line}; {' '.join(levers)} would send about {sent:.0f} MB instead of {total:.0f}"
+        advice = "little is left to gain"
+    elif flags:
+        advice = f"{' '.join(flags)} would send about {sent:.0f} MB instead of {total:.0f}"
+    else:
+        advice = "a larger --global-batch-size needs fewer all-reduces per row"
+    print0(f"communication: {share:.0%} of a step's forward and backward; {advice}")

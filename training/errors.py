@@ -162,10 +162,10 @@ def note_stop_signals() -> list[int]:
     return received
 
 
-def exit_stopped(received: list[int], message: str, fresh: bool) -> None:
+def exit_stopped(received: list[int], step: int, fresh: bool) -> None:
     """Ends the process with 128 + the signal's number, as a shell would report it."""
     without = " without --fresh" * fresh
-    print0(f"{message}; the same command{without} resumes from there")
+    print0(f"stopped and saved at step {step}; the same command{without} resumes from there")
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # a barrier on the CPU: rank 0 has saved
     os._exit(128 + (received or [signal.SIGTERM])[0])  # another rank may be the one that got it

@@ -9,13 +9,11 @@ import math
 import os
 import platform
 import resource
-import shlex
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,8 +71,8 @@ def tune_cpu() -> None:
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def hub_answers(seconds: float = 5) -> bool:
-    """Whether the Hugging Face Hub can be reached; if not, its libraries are told to work offline.
+def set_offline_mode(seconds: float = 5) -> bool:
+    """Sets HF_HUB_OFFLINE unless the Hugging Face Hub answers; returns whether it does.
 
     In a thread, since a silent name server blocks for longer than any socket timeout.
     """
@@ -127,18 +125,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return os.environ.get("GIT_COMMIT")
     return done.stdout.strip() or os.environ.get("GIT_COMMIT")  # set where the code has no .git
-
-
-def record_header(device: "torch.device | None" = None) -> dict:
-    """What every record of a `python -m ...` begins with: what ran, when, where, on what."""
-    module = sys.modules["__main__"].__spec__.name
-    return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "host": host(device),
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
 
 
 def peak_memory_mb(device: "torch.device") -> float:

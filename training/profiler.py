@@ -71,12 +71,12 @@ def named_ranges(events: list[dict], rank: int) -> list[dict]:
         if event["name"].startswith("Optimizer.step"):  # without our hook, which ends the step
             ends = [end for end in steps if event["ts"] < end < event["ts"] + event["dur"]]
             event = event | {"dur": ends[0] - event["ts"]} if ends else event
-        name = next((n for n, why in COMPUTE.items() if re.fullmatch(why, event["name"])), None)
+        name = next((n for n, regex in COMPUTE.items() if re.fullmatch(regex, event["name"])), None)
         if name and event.get("cat") != "gpu_user_annotation":
             compute.append(range_of(event, name, f"rank {rank}", "compute"))
         elif collective := re.match(COLLECTIVE, event["name"]):
-            words = collective[1] or collective[2]
-            communication.append(range_of(event, words, f"rank {rank}", "communication"))
+            name = collective[1] or collective[2]
+            communication.append(range_of(event, name, f"rank {rank}", "communication"))
     # What is sent between the start of a backward and the next clipping are buckets, in order. With
     # sparse embeddings one bucket takes several collectives, so there only they are counted.
     sparse = any("gather" in event["name"] for event in communication)

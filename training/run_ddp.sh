@@ -13,7 +13,7 @@
 # On each of two hosts (the second with NODE_RANK=1), with the address of the first:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 bash training/run_ddp.sh
 set -euo pipefail
-trap 'exit 130' INT  # else bash forgets a Ctrl-C that a command in here survives
+trap 'exit 130' INT  # else bash goes on after a Ctrl-C that a command in this script handled
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 fail() { echo "error: $1" >&2 && exit 2; }
@@ -22,21 +22,6 @@ check() {  # NAME VALUE LOWEST HIGHEST
   if ! [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then
     fail "$1=$2: expected a whole number from $3 to $4"
   fi
-}
-
-usable_cores() {  # the CPUs that this shell may run on, or fewer if a container has a CPU quota
-  local cores path quota period
-  cores=$(OMP_NUM_THREADS='' nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-  while read -r path; do
-    while path=${path%/}; do  # from this shell's cgroup up to the root
-      read -r quota period < <(cat "/sys/fs/cgroup$path/cpu.max" 2>/dev/null ||
-        paste -d ' ' "/sys/fs/cgroup/cpu$path/cpu.cfs_"{quota,period}_us 2>/dev/null) || quota=max
-      [[ $quota =~ ^[0-9]+$ ]] && cores=$((quota / period < cores ? quota / period : cores))
-      [ -n "$path" ] || break
-      path=${path%/*}
-    done
-  done < <(sed -nE 's/^[0-9]+:(([^:]*,)?cpu(,[^:]*)?)?://p' /proc/self/cgroup 2>/dev/null)
-  echo "$cores"
 }
 
 candidates=(python python3 "$here/../.venv/bin/python")  # .venv: `make` created it, not activated
@@ -71,8 +56,6 @@ start the same command again on every host"
     --master-port "$MASTER_PORT" --rdzv-conf "timeout=$TIMEOUT")
 fi
 
-threads=$(($(usable_cores) / nproc))  # torchrun would set 1, which leaves cores idle on a CPU
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted ranks meet in a new, empty store
 # torchrun forwards a signal to all ranks and waits while they finish their step and save. SIGUSR1 is
 # Slurm's warning; SIGUSR2 comes from a rank (see torchrun.py); nohup ignores SIGHUP, which we keep.
@@ -81,6 +64,6 @@ signals=SIGINT,SIGTERM,SIGQUIT,SIGUSR1,SIGUSR2$([ -n "$(trap -p HUP)" ] || echo 
 export PET_SIGNALS_TO_HANDLE=$signals  # the environment's form of torchrun's --signals-to-handle
 block="env --block-signal=INT"  # Python's own start would answer Ctrl-C with a traceback
 $block true 2>/dev/null || block=env  # as on macOS
-trap - INT  # else one that comes while bash becomes Python is lost
+trap - INT  # else a Ctrl-C during exec would be lost
 exec $block "$python" "$here/torchrun.py" "${rendezvous[@]}" --nproc-per-node "$nproc" \
   --max-restarts "$restarts" "$here/train_ddp.py" "$@"

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dataset import LABELS
+from ag_news import LABELS
 from errors import print0
 from machine import ROOT, git_commit, host, peak_memory_mb, versions
 from utils import UsageError
@@ -33,10 +33,10 @@ def start_record(args, data, model, model_source, precision, micro_batch_size, t
     distributed = dist.is_initialized()
     world_size = dist.get_world_size() if distributed else 1
     device = next(model.parameters()).device
-    command = (
-        ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if distributed else []
-    )
-    command = [*(command or ["python"]), os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
+    command = ["python"]
+    if distributed:
+        command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    command += [os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
     names = ("max_length", "global_batch_size", "lr", "warmup", "seed")
     record = {
         "script": Path(sys.argv[0]).stem,
@@ -103,7 +103,8 @@ def log_point(history: dict, writer, total_steps: int, scaler, point: dict) -> N
         curve.append(point)
     if writer:
         for name in point.keys() - {"step"}:
-            writer.add_scalar(f"train/{name}", point[name] or math.nan, point["step"])
+            value = math.nan if point[name] is None else point[name]
+            writer.add_scalar(f"train/{name}", value, point["step"])
 
 
 def log_epoch(history: dict, writer, step: int, epoch_sums: Tensor, val: tuple) -> None:

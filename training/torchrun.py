@@ -16,11 +16,16 @@ import logging
 import os
 import sys
 
+from machine import cores
+
 LOG_VARIABLES = "LOGLEVEL TORCH_LOGS TORCH_CPP_LOG_LEVEL TORCH_DISTRIBUTED_DEBUG NCCL_DEBUG"
 
 
 def main() -> int | str:
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see end_with_launcher in errors.py
+    if not os.environ.get("OMP_NUM_THREADS"):  # torchrun would set 1: on a CPU cores would idle
+        processes = int(sys.argv[sys.argv.index("--nproc-per-node") + 1])
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // processes))
     if not any(name in os.environ for name in LOG_VARIABLES.split()):
         logging.disable(logging.ERROR)
         # for the ranks, too: NCCL's watchdog prints lines of C++ above the one that tells the cause

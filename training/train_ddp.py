@@ -31,6 +31,7 @@ import machine
 import profiler
 import run_record
 import utils
+from ag_news import SourceError, find_data
 from model import ModelError, find_backbone, load_backbone
 
 
@@ -40,22 +41,22 @@ def parse_args() -> argparse.Namespace:
     # data and model
     add("--data", default="auto", help="auto (default), ag_news (the Hub's), sample, or a folder")
     add("--model", default="auto", help="auto (default), packaged, a Hub name, or a folder")
-    add("--max-length", type=int, default=128, help="tokens a row (default: %(default)s)")
+    add("--max-length", type=int, default=128, help="tokens per row (default: %(default)s)")
     add("--max-train-samples", type=int, help="train on a random part (default: all rows)")
     add("--max-eval-samples", type=int, help="evaluate on a random part (default: all rows)")
     # optimization
     add("--epochs", type=int, default=2, help="passes over the rows (default: %(default)s)")
     add("--max-steps", type=int, help="end after this many optimizer steps (default: no limit)")
-    add("--global-batch-size", type=int, default=256, help="rows a step (default: %(default)s)")
-    add("--micro-batch-size", type=int, help="rows a forward (default: up to 128; CPU: up to 32)")
+    add("--global-batch-size", type=int, default=256, help="rows per step (default: %(default)s)")
+    add("--micro-batch-size", type=int, help="rows per forward (default: up to 128; CPU: up to 32)")
     add("--lr", type=float, help=utils.LR_HELP)
     add("--warmup", type=float, default=0.1, help="share of all steps (default: %(default)s)")
     add("--dropout", type=float, help="in the encoder (default: the backbone's own)")
-    add("--seed", type=int, default=0, help="of head, order and dropout (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seeds head, order, dropout (default: %(default)s)")
     # the machine
     add("--precision", choices=utils.PRECISIONS, default="auto", help="default: the fastest here")
     add("--backend", choices=utils.BACKENDS, default="auto", help="default: nccl on GPUs, or gloo")
-    add("--grad-compression", choices=comm_hooks.DTYPES, default="none", help="of what is sent")
+    add("--grad-compression", choices=comm_hooks.DTYPES, default="none", help="dtype to send in")
     add("--sparse-embeddings", action="store_true", help="send only touched embedding rows")
     # what is kept
     add("--checkpoint-dir", type=Path, default=checkpoint.FOLDER, help="default: checkpoints/")
@@ -63,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     add("--fresh", action="store_true", help="start over, whatever last.pt holds")
     add("--report", type=Path, help="write the run record here too (always: runs/*.json)")
     add("--tensorboard", type=Path, help="write event files to this folder")
-    add("--profile", type=Path, help="write a trace a rank to this folder, three steps after ten")
+    add("--profile", type=Path, help="write each rank's trace of steps 11-13 to this folder")
     return parser.parse_args()
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     errors.end_with_launcher()
     device, backend = utils.choose_device(args.backend, local_rank)
     micro_batch_size, grad_accum_steps = utils.split_batch(args, world_size, device)
-    precision, precision_why = utils.choose_precision(args.precision, device)
+    precision, reason = utils.choose_precision(args.precision, device)
     autocast = utils.autocast(device, precision)
     machine.tune_cpu()
     if master_process:
@@ -85,10 +86,10 @@ def main() -> None:
 
     # DDP 2/7: data before the group. One process of each host tokenizes while the others wait for
     # its file lock. Inside the group they would wait in a collective, which times out.
-    machine.hub_answers()
+    machine.set_offline_mode()  # Hugging Face's, unless the Hub answers
     folder, *model_source = find_backbone(args.model)
     data = dataset.prepare_data(
-        args.data, folder, args.max_length, args.max_train_samples, args.max_eval_samples
+        find_data(args.data), folder, args.max_length, args.max_train_samples, args.max_eval_samples
     )
     # DDP 1/7: the processes meet. From here on, a collective that one rank calls all must call.
     # NCCL carries tensors between GPUs; gloo carries those on the CPU, such as counts.
@@ -119,13 +120,7 @@ def main() -> None:
     steps_per_epoch = sampler.steps_per_epoch
     total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
     record = run_record.start_record(
-        args,
-        data,
-        raw_model,
-        model_source,
-        (precision, precision_why),
-        micro_batch_size,
-        total_steps,
+        args, data, raw_model, model_source, (precision, reason), micro_batch_size, total_steps
     )
     trainer_state = {"model": raw_model, "optimizer": optimizer, "scaler": scaler}
     step, history, epoch_sums = checkpoint.resume(args, recipe, trainer_state)
@@ -136,20 +131,18 @@ def main() -> None:
     device_ids = [device] if device.type == "cuda" else None
     model = DistributedDataParallel(raw_model, device_ids, gradient_as_bucket_view=True)
     comm_hooks.register_comm_hook(model, args.grad_compression, args.sparse_embeddings)
-    # One line says what share of a step is communication. Its timed backwards have a second use:
-    # after the first one DDP reorders its buckets, and sums in another order from then on. So a
-    # resumed run and one that was not interrupted do all their steps in the same order.
-    first = next(iter(train_loader))
-    errors.print0(comm_share.report(model, first, autocast, grad_accum_steps, args))
-    optimizer.zero_grad()
+    # Times a few backwards, to print what share of a step is communication. They are needed anyway:
+    # after its first backward DDP rebuilds its buckets, and then sums in another order. With that
+    # behind it, a resumed run is bit-identical to one that was not interrupted.
+    comm_share.report(model, next(iter(train_loader)), autocast, grad_accum_steps, args)
     profiler.start(args.profile, optimizer, total_steps - step)
 
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
     progress = errors.ProgressBar(total_steps, step, show=master_process)
-    read_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
-    running = torch.zeros(2, device=device)  # loss and correct rows since they were last read
+    log_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
+    running = torch.zeros(2, device=device)  # sums of loss and correct rows since the last log
     stop_signals = errors.note_stop_signals()
-    for epoch in range(len(history["epochs"]), args.epochs):
+    for epoch in range(len(history["epochs"]), math.ceil(total_steps / steps_per_epoch)):
         # DDP 3/7: without set_epoch every epoch would have the first one's order
         sampler.set_epoch(epoch)
         sampler.start_step = step - epoch * steps_per_epoch  # above 0 where a run resumes
@@ -162,16 +155,16 @@ def main() -> None:
                 batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
                 input_ids, attention_mask, labels = batch
                 # DDP 5/7: no_sync. Gradients add up over the micro-batches, and only the last
-                # backward needs the all-reduce. The forward decides, so it has to be inside.
+                # backward needs the all-reduce. DDP decides that in the forward, so it is inside.
                 last = micro_step == grad_accum_steps - 1
-                with autocast(), nullcontext() if last else model.no_sync():
+                with autocast, nullcontext() if last else model.no_sync():
                     logits = model(input_ids, attention_mask).float()
                 loss = F.cross_entropy(logits, labels)
                 # micro-batches are equally large, so the mean of their means is the step's mean
                 scaler.scale(loss / grad_accum_steps).backward()
                 correct = (logits.argmax(1) == labels).sum()
                 running += torch.stack([loss.detach() * len(labels), correct])
-            scaler.unscale_(optimizer)  # clipping is meant for the true gradients
+            scaler.unscale_(optimizer)  # clip the true gradients, not the scaled ones
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
@@ -180,7 +173,7 @@ def main() -> None:
             progress.update()
 
             saving = step % args.save_every == 0 or step == epoch_end
-            if not saving and step % read_every:
+            if not saving and step % log_every:
                 continue
             # DDP 6/7: metrics. Each rank has summed over its own rows; the sums are added over the
             # ranks, then divided once. The same all-reduce carries the stop signals: a rank that
@@ -190,35 +183,32 @@ def main() -> None:
             seconds = time.perf_counter() - t0
             epoch_sums += epoch_sums.new_tensor([loss_sum, correct, rows, seconds])
             point = {"loss": loss_sum / rows, "lr": lr, "samples_per_second": rows / seconds}
-            progress.set_postfix(
-                {name: f"{value:.3g}" for name, value in point.items()}, refresh=False
-            )
+            progress.set_postfix(point, refresh=False)
             point |= {"step": step, "grad_norm": grad_norm.item()}
             run_record.log_point(history, writer, total_steps, scaler, point)
             if master_process and (saving or stop):
                 checkpoint.save_last(args, recipe, trainer_state, step, history, epoch_sums)
             if stop:
-                errors.exit_stopped(stop_signals, f"stopped and saved at step {step}", args.fresh)
+                errors.exit_stopped(stop_signals, step, args.fresh)
             rows, t0 = 0, time.perf_counter()
 
-        val = utils.evaluate(raw_model, val_loader, device, autocast, len(data.val))
+        val = utils.evaluate(raw_model, val_loader, device, autocast)
         run_record.log_epoch(history, writer, step, epoch_sums, val)
         epoch_sums.zero_()
-        if step == total_steps:
-            break
     progress.close()
 
-    test = utils.evaluate(raw_model, test_loader, device, autocast, len(data.test))
+    test = utils.evaluate(raw_model, test_loader, device, autocast)
     # DDP 7/7: rank 0 alone logs and saves. All ranks hold the same weights, and two writers would
     # corrupt a file. It saves raw_model: the wrapper puts "module." before every name.
     if master_process:
         run_record.finish_record(record, history, test, device, args.report)
         checkpoint.save_model(args.checkpoint_dir, raw_model, record, folder)
-        checkpoint.release_folder(args.checkpoint_dir)  # with last.pt: nothing is left to resume
+        checkpoint.release_folder(args.checkpoint_dir)  # deletes last.pt: the run is finished
     utils.cleanup_distributed()
 
 
 if __name__ == "__main__":
-    kinds = (dataset.DataError, ModelError, utils.UsageError, checkpoint.CheckpointError)
-    with errors.one_line_errors(*kinds):
+    with errors.one_line_errors(
+        SourceError, dataset.DataError, ModelError, utils.UsageError, checkpoint.CheckpointError
+    ):
         main()

@@ -25,6 +25,7 @@ import errors
 import machine
 import run_record
 import utils
+from ag_news import SourceError, find_data
 from model import ModelError, find_backbone, load_backbone
 
 
@@ -34,18 +35,18 @@ def parse_args() -> argparse.Namespace:
     # data and model
     add("--data", default="auto", help="auto (default), ag_news (the Hub's), sample, or a folder")
     add("--model", default="auto", help="auto (default), packaged, a Hub name, or a folder")
-    add("--max-length", type=int, default=128, help="tokens a row (default: %(default)s)")
+    add("--max-length", type=int, default=128, help="tokens per row (default: %(default)s)")
     add("--max-train-samples", type=int, help="train on a random part (default: all rows)")
     add("--max-eval-samples", type=int, help="evaluate on a random part (default: all rows)")
     # optimization
     add("--epochs", type=int, default=2, help="passes over the rows (default: %(default)s)")
     add("--max-steps", type=int, help="end after this many optimizer steps (default: no limit)")
-    add("--global-batch-size", type=int, default=256, help="rows a step (default: %(default)s)")
-    add("--micro-batch-size", type=int, help="rows a forward (default: up to 128; CPU: up to 32)")
+    add("--global-batch-size", type=int, default=256, help="rows per step (default: %(default)s)")
+    add("--micro-batch-size", type=int, help="rows per forward (default: up to 128; CPU: up to 32)")
     add("--lr", type=float, help=utils.LR_HELP)
     add("--warmup", type=float, default=0.1, help="share of all steps (default: %(default)s)")
     add("--dropout", type=float, help="in the encoder (default: the backbone's own)")
-    add("--seed", type=int, default=0, help="of head, order and dropout (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seeds head, order, dropout (default: %(default)s)")
     # the machine
     add("--precision", choices=utils.PRECISIONS, default="auto", help="default: the fastest here")
     # what is kept
@@ -63,16 +64,16 @@ def main() -> None:
     rank, world_size, master_process = 0, 1, True
     device, _ = utils.choose_device()
     micro_batch_size, grad_accum_steps = utils.split_batch(args, world_size, device)
-    precision, precision_why = utils.choose_precision(args.precision, device)
+    precision, reason = utils.choose_precision(args.precision, device)
     autocast = utils.autocast(device, precision)
     machine.tune_cpu()
     if master_process:
         checkpoint.claim_folders(args)
 
-    machine.hub_answers()
+    machine.set_offline_mode()  # Hugging Face's, unless the Hub answers
     folder, *model_source = find_backbone(args.model)
     data = dataset.prepare_data(
-        args.data, folder, args.max_length, args.max_train_samples, args.max_eval_samples
+        find_data(args.data), folder, args.max_length, args.max_train_samples, args.max_eval_samples
     )
 
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
@@ -94,13 +95,7 @@ def main() -> None:
     steps_per_epoch = sampler.steps_per_epoch
     total_steps = min(steps_per_epoch * args.epochs, args.max_steps or math.inf)
     record = run_record.start_record(
-        args,
-        data,
-        raw_model,
-        model_source,
-        (precision, precision_why),
-        micro_batch_size,
-        total_steps,
+        args, data, raw_model, model_source, (precision, reason), micro_batch_size, total_steps
     )
     trainer_state = {"model": raw_model, "optimizer": optimizer, "scaler": scaler}
     step, history, epoch_sums = checkpoint.resume(args, recipe, trainer_state)
@@ -108,10 +103,10 @@ def main() -> None:
     model = raw_model
     writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
     progress = errors.ProgressBar(total_steps, step, show=master_process)
-    read_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
-    running = torch.zeros(2, device=device)  # loss and correct rows since they were last read
+    log_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
+    running = torch.zeros(2, device=device)  # sums of loss and correct rows since the last log
     stop_signals = errors.note_stop_signals()
-    for epoch in range(len(history["epochs"]), args.epochs):
+    for epoch in range(len(history["epochs"]), math.ceil(total_steps / steps_per_epoch)):
         sampler.set_epoch(epoch)
         sampler.start_step = step - epoch * steps_per_epoch  # above 0 where a run resumes
         epoch_end = min((epoch + 1) * steps_per_epoch, total_steps)
@@ -122,14 +117,14 @@ def main() -> None:
             for _ in range(grad_accum_steps):
                 batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
                 input_ids, attention_mask, labels = batch
-                with autocast():
+                with autocast:
                     logits = model(input_ids, attention_mask).float()
                 loss = F.cross_entropy(logits, labels)
                 # micro-batches are equally large, so the mean of their means is the step's mean
                 scaler.scale(loss / grad_accum_steps).backward()
                 correct = (logits.argmax(1) == labels).sum()
                 running += torch.stack([loss.detach() * len(labels), correct])
-            scaler.unscale_(optimizer)  # clipping is meant for the true gradients
+            scaler.unscale_(optimizer)  # clip the true gradients, not the scaled ones
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
@@ -138,39 +133,36 @@ def main() -> None:
             progress.update()
 
             saving = step % args.save_every == 0 or step == epoch_end
-            if not saving and step % read_every:
+            if not saving and step % log_every:
                 continue
             loss_sum, correct, stop = utils.all_reduce_sum([*running.tolist(), len(stop_signals)])
             running.zero_()
             seconds = time.perf_counter() - t0
             epoch_sums += epoch_sums.new_tensor([loss_sum, correct, rows, seconds])
             point = {"loss": loss_sum / rows, "lr": lr, "samples_per_second": rows / seconds}
-            progress.set_postfix(
-                {name: f"{value:.3g}" for name, value in point.items()}, refresh=False
-            )
+            progress.set_postfix(point, refresh=False)
             point |= {"step": step, "grad_norm": grad_norm.item()}
             run_record.log_point(history, writer, total_steps, scaler, point)
             if master_process and (saving or stop):
                 checkpoint.save_last(args, recipe, trainer_state, step, history, epoch_sums)
             if stop:
-                errors.exit_stopped(stop_signals, f"stopped and saved at step {step}", args.fresh)
+                errors.exit_stopped(stop_signals, step, args.fresh)
             rows, t0 = 0, time.perf_counter()
 
-        val = utils.evaluate(raw_model, val_loader, device, autocast, len(data.val))
+        val = utils.evaluate(raw_model, val_loader, device, autocast)
         run_record.log_epoch(history, writer, step, epoch_sums, val)
         epoch_sums.zero_()
-        if step == total_steps:
-            break
     progress.close()
 
-    test = utils.evaluate(raw_model, test_loader, device, autocast, len(data.test))
+    test = utils.evaluate(raw_model, test_loader, device, autocast)
     if master_process:
         run_record.finish_record(record, history, test, device, args.report)
         checkpoint.save_model(args.checkpoint_dir, raw_model, record, folder)
-        checkpoint.release_folder(args.checkpoint_dir)  # with last.pt: nothing is left to resume
+        checkpoint.release_folder(args.checkpoint_dir)  # deletes last.pt: the run is finished
 
 
 if __name__ == "__main__":
-    kinds = (dataset.DataError, ModelError, utils.UsageError, checkpoint.CheckpointError)
-    with errors.one_line_errors(*kinds):
+    with errors.one_line_errors(
+        SourceError, dataset.DataError, ModelError, utils.UsageError, checkpoint.CheckpointError
+    ):
         main()

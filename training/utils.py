@@ -1,4 +1,4 @@
-"""What both training scripts share. With one process every collective here is a no-op."""
+"""What the training scripts share. all_reduce_sum and evaluate work without a process group too."""
 
 import argparse
 import importlib.util
@@ -6,7 +6,6 @@ import math
 import os
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ class UsageError(Exception):
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BACKENDS = ("auto", "nccl", "gloo")
-LR_HELP = "peak (default: 3e-5 * sqrt(rows a step / 32); 1.4e-4 * ... if narrower than 768)"
+LR_HELP = "peak (default: 3e-5 * sqrt(rows per step / 32); 1.4e-4 * ... if narrower than 768)"
 
 
 # Processes
@@ -71,7 +70,7 @@ def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict) -> None:
 def cleanup_distributed() -> None:
     """Ends the process group once all ranks have come here, rank 0 with everything saved."""
     all_reduce_sum([0.0])  # a barrier on the CPU
-    time.sleep(0.3)  # gloo's threads may still release tensors; ending earlier was seen to hang
+    time.sleep(0.3)  # without it exits were seen to hang: gloo's threads still release tensors
     dist.destroy_process_group()
 
 
@@ -118,10 +117,10 @@ def choose_precision(choice: str, device: torch.device) -> tuple[str, str]:
     return "fp32", "this CPU has no bf16 arithmetic"
 
 
-def autocast(device: torch.device, precision: str):
-    """A maker of contexts in which matmuls run in 16 bits; weights and the rest stay fp32."""
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context, for every forward, in which matmuls run in 16 bits; weights stay fp32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 # Flags
@@ -225,23 +224,23 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def evaluate(model: nn.Module, loader, device, autocast, total: int) -> tuple[float, float]:
-    """(mean loss, accuracy) over all `total` rows, exact at any world size. Every rank calls it.
+def evaluate(model: nn.Module, loader, device, autocast) -> tuple[float, float]:
+    """(mean loss, accuracy) over all rows, exact at any world size. Every rank calls it.
 
-    Takes the unwrapped model: ranks may hold different numbers of batches, and DDP's forward
-    expects equal ones.
+    Takes the unwrapped model: DDP's forward is a collective if a model has buffers, and ranks may
+    hold different numbers of batches.
     """
     model.eval()
     loss_sum = correct = count = 0.0
     with torch.inference_mode():
         for input_ids, attention_mask, labels in loader:
             labels = labels.to(device)
-            with autocast():
+            with autocast:
                 logits = model(input_ids.to(device), attention_mask.to(device)).float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
             count += len(labels)
     model.train()
     loss_sum, correct, count = all_reduce_sum([loss_sum, correct, count])
-    assert count == total, f"evaluated {count} rows of {total}"
-    return loss_sum / total, correct / total
+    assert count == len(loader.dataset)  # each row on exactly one rank
+    return loss_sum / count, correct / count

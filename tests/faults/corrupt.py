@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.figures import write_record
+from benchmarks.figures import record_header, write_record
 from inference.model_loader import LoadError, torch_engine
 from tests import fakes
 from tests.ranks import environment
-from training import checkpoint, machine
+from training import checkpoint
 
 WAYS = ("truncated", "flipped", "zeroed", "swapped", "older", "code")
 LAST_KEYS = checkpoint.LAST_KEYS
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    args, header = parser.parse_args(), machine.record_header()
+    args, header = parser.parse_args(), record_header()
     found = []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)

@@ -21,10 +21,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.figures import write_record
+from benchmarks.figures import record_header, write_record
 from tests import fakes
 from tests.ranks import ROOT, environment
-from training import checkpoint, machine
+from training import checkpoint
 
 STEPS = 420  # of a run: about five seconds, once it has started
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    args, header = parser.parse_args(), machine.record_header()
+    args, header = parser.parse_args(), record_header()
     kills = []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)

@@ -23,11 +23,10 @@ from urllib.parse import urlsplit
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from benchmarks.figures import write_record
+from benchmarks.figures import record_header, write_record
 from inference.model_loader import CHECKPOINTS, Classifier, LoadError
 from tests.server import process
-from training import machine
-from training.dataset import SAMPLE, read_folder
+from training.ag_news import SAMPLE, read_folder
 
 TOLERANCE = {"torch": 1e-3, "int8": 1e-2}  # the shape of a batch changes the rounding of some texts
 ANOTHER_TEXT = 0.1  # off by more than rounding can: the scores of another text
@@ -306,7 +305,7 @@ def main() -> None:
     parser.add_argument("--bodies", type=int, default=10_000)
     parser.add_argument("--overload-seconds", type=float, default=60)
     parser.add_argument("--out", type=Path)
-    args, header = parser.parse_args(), machine.record_header()
+    args, header = parser.parse_args(), record_header()
     folder = os.environ.get("AG_NEWS_DIR")
     texts = read_folder(Path(folder) if folder else SAMPLE)[1].texts
     try:

@@ -1,0 +1,295 @@
+"""AG News: the places it can come from, and how its files are read and checked.
+
+A reader of a file yields (place in the file, cells), first of all the column names. It raises
+ValueError for what it cannot read; `read_examples` adds the file's name.
+"""
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+LABELS = ("World", "Sports", "Business", "Sci/Tech")  # label 0 to 3, in AG News's own order
+HUB_DATASET = "fancyzhx/ag_news"
+KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_LARGEST = 1_000_000_000  # bytes; AG News has 30 million, larger files are not looked at
+SAMPLE = Path(__file__).parent / "sample_data"
+# in order of preference
+FORMATS = ".csv .csv.gz .tsv .tsv.gz .jsonl .jsonl.gz .json .json.gz .parquet".split()
+# the columns that are used, the label first: the lowest label
+FORMS = {("label", "text"): 0, ("class index", "title", "description"): 1}
+SAMPLE_NOTE = """
++--------------------------------------------------------------------------+
+| This is the bundled sample: 600 short items written for this repository. |
+| An accuracy on it is not an AG News figure. For AG News itself, set      |
+| AG_NEWS_DIR, pass --data FOLDER, or run where the Hub can be reached.    |
++--------------------------------------------------------------------------+"""
+
+
+class SourceError(Exception):
+    """Missing or malformed data; the message is one line and names file, line and remedy."""
+
+
+@dataclass
+class Examples:
+    texts: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)  # columns that were not used
+
+
+class Source(NamedTuple):
+    train: Examples
+    test: Examples
+    name: str
+    why: str
+    note: str = ""  # what a reader of its accuracy has to know
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Files
+
+
+def read_text(path: Path) -> str:
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        return raw.decode().removeprefix("\ufeff")  # a byte order mark
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}, byte {error.start}: not UTF-8; save it as UTF-8") from None
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, list]]:
+    delimiter = "\t" if ".tsv" in path.name else ","
+    file = io.StringIO(read_text(path), newline="")
+    reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1
+    try:
+        for cells in reader:
+            if cells:
+                yield f"line {line}", cells
+            line = reader.line_num + 1  # a quoted cell may span several lines
+    except csv.Error as error:
+        raise ValueError(f"line {line}: {error}") from None
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, list]]:
+    header = None
+    for line, text in enumerate(read_text(path).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+            if not isinstance(row, dict):
+                raise ValueError(f"found a JSON {type(row).__name__}")
+            json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {line}: expected a JSON object per line; {error}") from None
+        if header is None:
+            header = list(row)
+            yield f"line {line}", header
+        yield f"line {line}", [row.get(name) for name in header]
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, list]]:
+    """Parquet, or the Arrow file that `datasets` caches. A ClassLabel is given by its name."""
+    import pyarrow.parquet
+
+    if path.suffix == ".parquet":  # as a file: read_table adds columns for folders named key=value
+        table = pyarrow.parquet.ParquetFile(path).read()
+    else:
+        table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
+    table.validate(full=True)  # corrupted bytes could crash the process below
+    info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
+    features = info.get("info", {}).get("features", {})
+    yield "header", table.column_names
+    columns = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        used = any(name.strip().lower() in form for form in FORMS)
+        values = column.to_pylist() if used else [None] * len(column)  # Python lacks some types
+        if used and (names := features.get(name, {}).get("names")):
+            values = [names[x] if x in range(len(names)) else f"{x} of {names}" for x in values]
+        columns.append(values)
+    for row, cells in enumerate(zip(*columns, strict=True), 1):
+        yield f"row {row}", cells
+
+
+def parse_rows(rows: Iterator[tuple[str, list]]) -> Examples:
+    """The rows of a reader as Examples, from the three forms in circulation.
+
+    Columns `text,label` with labels 0-3; `Class Index,Title,Description` with classes 1-4; or class
+    1-4, title, description without a header. Columns may be in any order, a label may be a name.
+    """
+    place, header = next(rows, ("line 1", []))
+    names, first_row = [str(cell).strip().lower() for cell in header], []
+    if len(names) == 3 and names[0] in {"1", "2", "3", "4"}:
+        names, first_row = ["class index", "title", "description"], [(place, header)]
+    form = next((form for form in FORMS if {*form} <= {*names}), None)
+    if form is None:
+        raise ValueError(
+            f"{place}: {len(names)} columns that begin {' '.join(names)[:30]!r}; expected a header "
+            "'text,label' or 'Class Index,Title,Description', or three columns: class 1-4, title, "
+            "description"
+        )
+    if twice := [name for name in form if names.count(name) > 1]:
+        raise ValueError(f"{place}: two columns are named {twice[0]!r}; delete one")
+    columns, lowest = [names.index(name) for name in form], FORMS[form]
+    numbers = {}
+    for i, name in enumerate(LABELS):  # pandas writes 1 as 1.0 where another label is missing
+        numbers |= dict.fromkeys((name.lower(), f"{lowest + i}", f"{lowest + i}.0"), i)
+    ignored = [str(name) or "(unnamed)" for i, name in enumerate(header) if i not in columns]
+    examples = Examples(ignored=ignored)
+    for place, cells in [*first_row, *rows]:
+        if len(cells) != len(header):
+            raise ValueError(f"{place}: {len(cells)} columns; the lines above have {len(header)}")
+        label, *parts = (cells[i] for i in columns)
+        number = numbers.get(str(label).strip().lower())
+        if number is None:
+            raise ValueError(
+                f"{place}: label {str(label)[:60]!r}; expected {lowest} to {lowest + 3} or one of "
+                f"{', '.join(LABELS)}"
+            )
+        is_text = all(isinstance(part, str) for part in parts)  # not null, a list or bytes
+        text = " ".join(part.strip() for part in parts).strip() if is_text else ""
+        if not text:
+            found = ", ".join(repr(part)[:40] for part in parts)
+            raise ValueError(f"{place}: no text, but {found}; delete the row or fill it")
+        examples.texts.append(text)
+        examples.labels.append(number)
+    if not examples.texts:
+        raise ValueError("a header and no rows")
+    return examples
+
+
+def read_examples(path: Path) -> Examples:
+    """A .csv, .tsv, .jsonl, .json (also .gz), .parquet or .arrow file as Examples."""
+    readers = {"json": json_rows, "jsonl": json_rows, "parquet": table_rows, "arrow": table_rows}
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    try:
+        return parse_rows(readers.get(kind, csv_rows)(path))
+    except Exception as error:  # zlib and pyarrow raise many kinds for a corrupted file
+        raise SourceError(f"{path}: {first_line(error)}") from None
+
+
+def read_split(folder: Path, split: str) -> Examples:
+    """`train.csv` and the like, or the Hub's `data/train-00000-of-00002.parquet`, ..."""
+    shards = f"{split}-[0-9]*-of-[0-9]*.parquet"
+    patterns = [*(split + suffix for suffix in FORMATS), shards, f"data/{shards}"]
+    patterns += [f"*-{split}.arrow", f"*-{split}-[0-9]*-of-[0-9]*.arrow"]  # the cache of `datasets`
+    files = next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
+    if not files:
+        raise SourceError(
+            f"{folder} has no {split} file; expected {split}.csv ({', '.join(FORMATS[1:])}) or "
+            f"data/{split}-00000-of-00001.parquet"
+        )
+    count = re.search(r"-of-(\d+)", files[0].name)
+    if count and int(count[1]) != len(files):
+        raise SourceError(f"{files[0].parent} has {len(files)} {split} shards; expected {count[1]}")
+    examples, *more = map(read_examples, files)
+    for shard in more:
+        examples.texts += shard.texts
+        examples.labels += shard.labels
+    return examples
+
+
+def read_folder(folder: Path) -> tuple[Examples, Examples]:
+    """(train, test) of a folder. Raises SourceError unless train has all four labels of AG News."""
+    if not folder.is_dir():
+        raise SourceError(
+            f"no such folder: {folder}; --data takes auto, ag_news, sample or a folder with train "
+            "and test files"
+        )
+    train, test = read_split(folder, "train"), read_split(folder, "test")
+    if missing := [name for i, name in enumerate(LABELS) if i not in train.labels]:
+        raise SourceError(
+            f"{folder}: no training row is labelled {missing[0]}; AG News has {', '.join(LABELS)}"
+        )
+    return train, test
+
+
+# Places
+
+
+def read_hub() -> tuple[Examples, Examples]:
+    """(train, test) from the Hugging Face cache, else from the Hub.
+
+    Read as plain files, since `datasets` itself cannot load from a read-only cache.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # every rank would draw its own
+    snapshot = partial(snapshot_download, repo_type="dataset", allow_patterns="*.parquet")
+    arrow_cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets"
+    for name in (HUB_DATASET, "ag_news"):  # its old name
+        folders = sorted(Path(arrow_cache, name.replace("/", "___")).glob("*/*/*"))
+        with suppress(OSError):  # not cached, or not completely
+            folders = [Path(snapshot(name, local_files_only=True)), *folders]
+        for folder in folders:
+            with suppress(SourceError):  # other files, or cut short
+                return read_folder(folder)
+    try:
+        return read_folder(Path(snapshot(HUB_DATASET)))
+    except Exception as error:  # a dead network, no permission, a full disk, files cut short
+        not_cached = isinstance(error, LocalEntryNotFoundError)
+        cause = (not_cached and error.__cause__) or error  # its cause is what the Hub said
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        if isinstance(cause, OfflineModeIsEnabled):
+            reason = "the Hub did not answer, or HF_HUB_OFFLINE is set"
+        raise SourceError(
+            f"{HUB_DATASET} is not in the Hugging Face cache and cannot be loaded from the Hub "
+            f"({reason}); use --data sample, or --data FOLDER with train.csv and test.csv"
+        ) from None
+
+
+def read_kaggle() -> Source:
+    """The first attached data set that reads as AG News, row by row.
+
+    Raises SourceError with what is wrong in the first of those that do not.
+    """
+    why, problems = f"the first below {KAGGLE_INPUT} that reads as AG News", []
+    files = [file for file in KAGGLE_INPUT.rglob("train*") if file.is_file()]
+    for folder in sorted({f.parent for f in files if f.stat().st_size < KAGGLE_LARGEST}):
+        name = f"Kaggle input {folder.relative_to(KAGGLE_INPUT)}"
+        try:
+            return Source(*read_folder(folder), name, why)
+        except SourceError as error:  # another data set, perhaps with two or six classes
+            problems.append(str(error).partition(";")[0])  # without the remedy
+    problem = f" ({problems[0]})" if problems else ""
+    raise SourceError(f"no AG News below {KAGGLE_INPUT}{problem}")
+
+
+def find_data(choice: str) -> Source:
+    """What `--data` chose. Only `auto` falls back to another source."""
+    if choice == "sample":
+        return Source(*read_folder(SAMPLE), "sample", "set by --data")
+    if choice == "ag_news":
+        return Source(*read_hub(), HUB_DATASET, "set by --data")
+    if choice != "auto":
+        name = f"folder {Path(choice).resolve().name}"
+        return Source(*read_folder(Path(choice)), name, "set by --data")
+    if folder := os.environ.get("AG_NEWS_DIR"):
+        name = f"folder {Path(folder).resolve().name}"
+        try:
+            return Source(*read_folder(Path(folder)), name, "AG_NEWS_DIR is set")
+        except SourceError as error:
+            raise SourceError(f"AG_NEWS_DIR={folder}: {error}") from None
+    try:
+        return read_kaggle()
+    except SourceError as error:
+        no_kaggle = error
+    try:
+        return Source(*read_hub(), HUB_DATASET, "from the Hugging Face cache or Hub")
+    except SourceError as error:
+        why = f"no AG_NEWS_DIR, {no_kaggle}, and {error}".partition(";")[0]  # without the remedy
+        return Source(*read_folder(SAMPLE), "sample", why, SAMPLE_NOTE)
