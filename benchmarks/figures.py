@@ -109,7 +109,7 @@ class Speed:
         """What Trainer ran with in our precision."""
         if len(self.grid()):
             return "its best flags"
-        flags = json.loads(self.flags("trainer_best")).values()
+        flags = json.loads(self.flags("trainer_best") or "{}").values()
         words = [f"`{value}`" for value in flags if isinstance(value, str)]
         return f"{' and '.join(words) or 'its defaults'} (not searched)"
 
