@@ -341,7 +341,8 @@ def main() -> None:
     record["versions"]["infinity-emb"] = INFINITY
     path = ROOT / ("benchmarks/results" if args.record else "runs") / RECORD
     write_record(path, record, rows)
-    print(f"{summary(rows)}\nwrote {path}")
+    left_out = "".join(f"left out: {name} ({why})\n" for name, why in skipped.items())
+    print(f"{summary(rows)}\n{left_out}wrote {path}")
 
 
 if __name__ == "__main__":
