@@ -69,7 +69,7 @@ def fail(error) -> NoReturn:
     number = multiprocessing.current_process().name.rpartition("-")[2]
     first = number == "1"
     with contextlib.suppress(LoadError):  # a wrong number of workers is no replacement either
-        if master and "--workers" in sys.argv and number.isdigit() and int(number) > workers():
+        if master and number.isdigit() and 1 < workers() < int(number):
             print(f"error: {error}; this worker ends", file=sys.stderr, flush=True)
             time.sleep(5)
             os._exit(1)
