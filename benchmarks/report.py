@@ -91,7 +91,7 @@ def kill_groups(record: dict) -> list[tuple[tuple[str, str], list[dict]]]:
     for one in record["kills"]:
         one |= {"ended": one["status"] == 0, "clean": not one["left_behind"]}
         victim = one["victim"] if one["victim"] == "torchrun" else f"rank {one['victim']}"
-        moment = "in mid-save" if one["saving"] else "between saves"
+        moment = "during a save" if one["saving"] else "between saves"
         groups.setdefault((victim, moment), []).append({"equal": False} | one)
     everything = [one for kills in groups.values() for one in kills]
     return [*sorted(groups.items()), (("all", ""), everything)]
