@@ -45,8 +45,7 @@ def previous_path(path: Path) -> Path:
 
 
 def keep_previous(path: Path) -> None:
-    """Gives the file at `path` a second name, so that there is always a whole one at `path` (where
-    the file system has hard links)."""
+    """Gives the file at `path` a second name; with hard links a whole one is always at `path`."""
     if path.exists():
         previous_path(path).unlink(missing_ok=True)
         try:
@@ -196,8 +195,8 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
     digest, other_tokenizer = save_tokenizer(backbone, folder / "tokenizer")
     if before and other_tokenizer:
         before += f", its tokenizer {folder / 'tokenizer.previous'}"
-    metrics = ("test_loss", "test_accuracy", "test_samples", "val_samples")
-    metrics = {key: record[key] for key in metrics}
+    names = "test_loss test_accuracy test_samples val_samples".split()
+    metrics = {name: record[name] for name in names}
     metrics |= {key: record["epochs"][-1][key] for key in ("val_loss", "val_accuracy")}
     origin = (
         "data data_fingerprint model git_commit versions world_size seed precision lr warmup "

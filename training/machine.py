@@ -52,11 +52,10 @@ def cores() -> int:
 
 
 def tune_cpu() -> None:
-    """Uses the cores that are allowed, keeps freed memory, and keeps few oneDNN kernels.
+    """Uses the allowed cores, and keeps freed memory for the next step's activations.
 
-    Every step frees and allocates its activations again; memory that went back to the kernel has
-    to be cleared, page by page. oneDNN caches a kernel for each input shape, and its 1,024 kernels
-    would fragment the heap that is kept.
+    Memory given back to the kernel would be cleared page by page when it is taken again. A full
+    oneDNN cache, 1,024 kernels for as many shapes, would fragment it, so it is limited to 64.
     """
     import torch
 
