@@ -73,7 +73,9 @@ def main() -> None:
             return
         runs.append(train(recipe, args.rows))
         print(f"{recipe} -> {runs[-1]['val_accuracy']:.4f}", flush=True)
+        hosts = sorted({run["host"] for run in runs})
         record = record_header() | {
+            "host": "; ".join(hosts),
             "model": "packaged",
             "train_samples": args.rows,
             "best": best(),

@@ -1,8 +1,9 @@
 """One rank of a real training script, instrumented: python tests/instrument.py OUT SCRIPT [flags]
 
 Runs the script's own main() and saves to OUT/rank<r>.pt what no command line shows: each step's
-gradients as the optimizer gets them, and the final weights. The environment can change one thing:
-STOP_AT_STEP=n sends this process SIGTERM in its n-th step, FAULT=... makes rank 1 fail in its 3rd.
+gradients as the optimizer gets them, and the final weights. The environment can change this much:
+STOP_AT_STEP=n sends this process SIGTERM in its n-th step, FAULT=... makes rank 1 fail in its 3rd,
+ONE_CARD=1 has the NCCL ranks of torchrun share a GPU: it takes them for ranks of several hosts.
 """
 
 import os
@@ -32,7 +33,7 @@ def fail(fault: str) -> None:
     if fault == "nan":
         parameters[0].grad.fill_(float("nan"))
     if fault == "memory":
-        torch.empty(10**15)
+        torch.empty(10**15, device=parameters[0].device)
     if fault == "hang":
         time.sleep(1000)
     if fault == "killed":
@@ -59,6 +60,8 @@ def main() -> None:
     nn.utils.clip_grad_norm_ = instrument_gradients(nn.utils.clip_grad_norm_)
     if os.environ.get("FAULT") == "hang at start" and os.environ["RANK"] == "1":
         errors.probe_all_reduce = lambda device: time.sleep(1000)
+    if "ONE_CARD" in os.environ:
+        os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "LOCAL_WORLD_SIZE": "1"}
     torch.use_deterministic_algorithms(True)
     script = __import__(Path(script).stem)
     exit_now, rank = os._exit, int(os.environ.get("RANK", 0))

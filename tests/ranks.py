@@ -21,10 +21,11 @@ CACHE = tempfile.TemporaryDirectory()  # tokens of the tests' few texts, made on
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The tests' own: no Hub, no data of the machine's, one thread a process."""
+    """The tests' own: no Hub, no data of the machine's, no GPU, one thread a process."""
     env = {k: v for k, v in os.environ.items() if k not in ("AG_NEWS_DIR", "RANK", "WORLD_SIZE")}
     paths = os.pathsep.join([str(ROOT / "training"), str(ROOT)])
     env |= {"HF_HUB_OFFLINE": "1", "HF_HOME": CACHE.name, "OMP_NUM_THREADS": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     return env | {"PYTHONPATH": paths} | extra
 
@@ -95,8 +96,12 @@ def run_ranks(
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     meet |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} | extra
-    meet["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"  # as run_ddp.sh does
-    places = [{"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    meet |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
+    # NCCL refuses two ranks on one card, unless it takes them for ranks of two hosts
+    places = [
+        {"RANK": str(r), "LOCAL_RANK": str(r), "NCCL_HOSTID": f"host{r}"} for r in range(world_size)
+    ]
     more = [more_for_rank_1 if r == 1 else () for r in range(world_size)]
     ranks = [Rank([*argv, *more[r]], cwd, **meet, **places[r]) for r in range(world_size)]
     until, failed = time.monotonic() + seconds, False
@@ -131,7 +136,7 @@ def train(world_size: int, flags: list, cwd: Path, status: int = 0, **extra: str
     assert {rank.status for rank in ranks} == {status}, said
     for r, rank in enumerate(ranks):
         if (file := out / f"rank{r}.pt").exists():  # not where a rank was killed
-            rank.seen = torch.load(file)
+            rank.seen = torch.load(file, map_location="cpu")
     if (out / "record.json").exists():
         ranks[0].record = json.loads((out / "record.json").read_text())
     return ranks

@@ -26,11 +26,15 @@ import errors
     ],
 )
 def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fault, last):
+    check_last_line(tiny_backbone, news_folder, tmp_path, fault, last)
+
+
+def check_last_line(tiny_backbone, news_folder, tmp_path, fault, last, **extra):
     launch = [ROOT / "training" / "torchrun.py", "--standalone", "--nproc-per-node", 2]
     script = [ROOT / "tests" / "instrument.py", tmp_path, ROOT / "training" / "train_ddp.py"]
     flags = ["--model", tiny_backbone, "--data", news_folder, "--global-batch-size", 8]
     flags += ["--checkpoint-dir", tmp_path / "c"]
-    env = {"FAULT": fault, "TIMEOUT": "10", "GLOO_SOCKET_IFNAME": "lo"}
+    env = {"FAULT": fault, "TIMEOUT": "10", "GLOO_SOCKET_IFNAME": "lo"} | extra
     began = time.monotonic()
     done = run([sys.executable, *launch, *script, *flags], tmp_path, **env)
     assert done.returncode not in (0, None)

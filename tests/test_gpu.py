@@ -1,23 +1,27 @@
-"""The scripts on a CUDA device: pytest -m gpu"""
+"""The scripts on one CUDA device: pytest -m gpu"""
+
+import json
 
 import pytest
 import torch
 from ranks import ROOT, run_ranks, train
+from test_faulty_rank import check_last_line
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+CARD = {"CUDA_VISIBLE_DEVICES": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 @pytest.fixture
 def run(tiny_backbone, news_folder, tmp_path):
     """Runs train_single.py where world_size is 0, else train_ddp.py; returns rank 0."""
 
-    def run(world_size, *flags, **extra):
-        common = ["--model", tiny_backbone, "--data", news_folder, "--checkpoint-dir", tmp_path]
+    def run(world_size, *flags, folder=tmp_path, **extra):
+        common = ["--model", tiny_backbone, "--data", news_folder, "--checkpoint-dir", folder]
         common += ["--lr", "5e-3", "--global-batch-size", 8, "--max-eval-samples", 20, *flags]
-        return train(world_size, common, tmp_path, CUBLAS_WORKSPACE_CONFIG=":4096:8", **extra)[0]
+        return train(world_size, common, tmp_path, **CARD, **extra)[0]
 
     return run
 
@@ -37,16 +41,63 @@ def test_two_ranks_share_a_card_over_gloo(run):
     assert record["epochs"][1]["train_loss"] < record["epochs"][0]["train_loss"]
 
 
-def test_more_processes_than_gpus_is_one_line(tmp_path):
-    gpus = torch.cuda.device_count()
-    script = [ROOT / "training" / "train_ddp.py"]
-    ranks = run_ranks(gpus + 1, script, tmp_path, TORCHELASTIC_RUN_ID="a run")
-    assert f"error: {gpus + 1} processes, but {gpus} GPU" in ranks[0].stderr
-    assert {rank.status for rank in ranks} == {1} and ranks[0].stderr.count("\n") == 1
+@pytest.mark.parametrize("micro_batch_size", [2, 4])
+@pytest.mark.parametrize("sparse", [[], ["--sparse-embeddings"]])
+@pytest.mark.parametrize("compression", ["none", "fp16"])
+def test_two_nccl_ranks_train_as_one_process_does(run, compression, sparse, micro_batch_size):
+    same = ["--precision", "fp32", "--dropout", 0, "--max-steps", 10]
+    one = run(0, *same)
+    flags = ["--fresh", "--grad-compression", compression, *sparse]
+    two = run(2, *same, *flags, "--micro-batch-size", micro_batch_size)
+    tolerance = 1e-5 if compression == "none" else 1e-2
+    for first, second in zip(one.seen["grads"][:3], two.seen["grads"][:3], strict=True):
+        whole = torch.cat([gradient.flatten() for gradient in first])
+        found = torch.cat([gradient.flatten() for gradient in second])
+        assert (found - whole).norm() <= tolerance * whole.norm()
+    losses = [rank.record["epochs"][0]["train_loss"] for rank in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=10 * tolerance)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_stopped_run_resumes(run, precision):
+@pytest.mark.parametrize("world_size", [0, 2])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_stopped_run_resumes_as_if_it_had_not_been(run, tmp_path, precision, world_size):
     flags = ("--precision", precision, "--epochs", 2)
-    run(0, *flags, status=143, STOP_AT_STEP="5")
-    assert run(0, *flags).record["resumed_at"] == [5]
+    whole = run(world_size, *flags, folder=tmp_path / "whole")
+    run(world_size, *flags, status=143, STOP_AT_STEP="5")
+    resumed = run(world_size, *flags)
+    assert resumed.record["resumed_at"] and len(resumed.record["epochs"]) == 2
+    for before, after in zip(whole.seen["weights"], resumed.seen["weights"], strict=True):
+        assert torch.equal(before, after)
+
+
+def test_a_trace_has_the_buckets_beside_backward(run, tmp_path):
+    run(2, "--max-steps", 15, "--profile", tmp_path / "traces")
+    for rank in range(2):
+        trace = json.loads((tmp_path / "traces" / f"rank{rank}.json").read_text())
+        found = [e for e in trace["traceEvents"] if e.get("cat") == "distrinews"]
+        compute = [e["name"] for e in sorted(found, key=lambda e: e["ts"]) if e["tid"] == "compute"]
+        assert compute == 3 * ["data", "forward", "backward", "clip", "optimizer"]
+        sent = [e["name"] for e in found if e["tid"] == "communication"]
+        assert sum(name.startswith("bucket 0: AllReduce") for name in sent) == 3, sent
+
+
+@pytest.mark.parametrize(
+    "fault, last",
+    [
+        ("exception", "KeyError: 'a bug on one rank'"),
+        ("memory", "error: out of memory; use a smaller --micro-batch-size"),
+        ("hang at start", "error: the first all-reduce did not end within 10 s; on GPUs try NCCL_"),
+        ("hang", "error: another rank did not reach a collective within 10 s: it hangs, or "),
+        ("killed", "error: rank 1 was killed by SIGKILL"),
+    ],
+)
+def test_a_rank_of_nccl_fails(tiny_backbone, news_folder, tmp_path, fault, last):
+    nccl = CARD | {"ONE_CARD": "1", "NCCL_SOCKET_IFNAME": "lo"}
+    check_last_line(tiny_backbone, news_folder, tmp_path, fault, last, **nccl)
+
+
+def test_more_processes_than_gpus_is_one_line(tmp_path):
+    script = [ROOT / "training" / "train_ddp.py"]
+    ranks = run_ranks(2, script, tmp_path, TORCHELASTIC_RUN_ID="a run", **CARD)
+    assert "error: 2 processes, but 1 GPU" in ranks[0].stderr
+    assert {rank.status for rank in ranks} == {1} and ranks[0].stderr.count("\n") == 1

@@ -58,6 +58,7 @@ def start_record(args, data, model, model_source, precision, micro_batch_size, t
         "parameters": sum(p.numel() for p in model.parameters()),
         "precision": precision[0],
         "device": device.type,
+        "gpus": torch.cuda.device_count() if device.type == "cuda" else 0,
         "backend": dist.get_backend() if distributed else None,
         "threads": torch.get_num_threads(),
         "host": host(device),
