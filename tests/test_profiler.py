@@ -5,6 +5,7 @@ import json
 import pytest
 from ranks import ROOT, run_ranks
 
+import profiler
 from benchmarks import timeline
 
 SCRIPT = ROOT / "training" / "train_ddp.py"
@@ -69,6 +70,23 @@ def test_the_timeline_takes_one_step_of_each_rank_on_one_clock(traces):
             if r["lane"] == "exposed" and r["rank"] == sent["rank"] and r["name"] == sent["name"]
         ]
         assert sum(row["ms"] for row in exposed) <= sent["ms"] + 0.001
+
+
+def test_on_a_gpu_a_bucket_belongs_to_the_backward_that_launched_it():
+    def event(name, ts, dur, **more):
+        return {"ph": "X", "name": name, "ts": ts, "dur": dur} | more
+
+    kernel = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    events = [
+        event("torch/_tensor.py(1): backward", 0, 10),
+        event("x/clip_grad.py(1): clip_grad_norm_", 10, 2),
+    ]
+    for number in range(2):  # they run when the CPU is at the clipping already, or beyond
+        same = {"args": {"correlation": number}}
+        events.append(event("cudaLaunchKernelExC", 5 + number, 1, cat="cuda_runtime", **same))
+        events.append(event(kernel, 11 + 9 * number, 8, cat="kernel", **same))
+    names = [e["name"] for e in profiler.named_ranges(events, 0) if e["tid"] == "communication"]
+    assert names == ["bucket 0: AllReduce", "bucket 1: AllReduce"]
 
 
 def test_what_lies_outside_of_computation():

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ COMPUTE = {
     "clip": r".*clip_grad\.py\(\d+\): clip_grad_norm_",
     "optimizer": r"Optimizer\.step#.*",
 }
+LAUNCHES = ("cuda_runtime", "cuda_driver")  # categories of events in which the CPU starts a kernel
 COLLECTIVE = r"gloo:(\w+)|ncclDevKernel_([A-Za-z]+)"
 
 
@@ -66,6 +68,8 @@ def named_ranges(events: list[dict], rank: int) -> list[dict]:
     """The events of the two tracks, from those that torch.profiler recorded."""
     spans = sorted((e for e in events if e.get("ph") == "X"), key=lambda event: event["ts"])
     compute, communication = [], []
+    # A GPU runs behind the CPU: to which backward a kernel of NCCL belongs, its launch tells.
+    launches = {correlation(e): e["ts"] for e in spans if e.get("cat") in LAUNCHES}
     steps = [e["ts"] + e["dur"] for e in spans if e["name"].startswith("ProfilerStep#")]
     for event in spans:
         if event["name"].startswith("Optimizer.step"):  # without our hook, which ends the step
@@ -76,18 +80,25 @@ def named_ranges(events: list[dict], rank: int) -> list[dict]:
             compute.append(range_of(event, name, f"rank {rank}", "compute"))
         elif collective := re.match(COLLECTIVE, event["name"]):
             name = collective[1] or collective[2]
-            communication.append(range_of(event, name, f"rank {rank}", "communication"))
+            launched = launches.get(correlation(event), event["ts"])
+            communication.append((launched, range_of(event, name, f"rank {rank}", "communication")))
     # What is sent between the start of a backward and the next clipping are buckets, in order. With
     # sparse embeddings one bucket takes several collectives, so there only they are counted.
-    sparse = any("gather" in event["name"] for event in communication)
+    communication.sort(key=itemgetter(0))
+    sparse = any("gather" in event["name"].lower() for _, event in communication)
     starts = [event for event in compute if event["name"] in ("backward", "clip")]
     number, phase = 0, 0
-    for event in communication:
-        before = [start for start in starts if start["ts"] <= event["ts"]]
+    for launched, event in communication:
+        before = [start for start in starts if start["ts"] <= launched]
         number, phase = (0 if len(before) != phase else number + 1), len(before)
         if before and before[-1]["name"] == "backward":
             event["name"] = f"{'collective' if sparse else 'bucket'} {number}: {event['name']}"
-    return compute + communication
+    return compute + [event for _, event in communication]
+
+
+def correlation(event: dict) -> int | None:
+    """What a kernel on a GPU and its launch on the CPU have in common."""
+    return event.get("args", {}).get("correlation")
 
 
 def range_of(event: dict, name: str, process: str, track: str) -> dict:
