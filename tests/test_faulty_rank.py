@@ -23,6 +23,8 @@ import errors
             marks=pytest.mark.slow,
         ),
         ("killed", "error: rank 1 was killed by SIGKILL"),
+        ("killed, seen late", "error: rank 1 was killed by SIGKILL"),
+        ("exception, seen late", "KeyError: 'a bug on one rank'"),
     ],
 )
 def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fault, last):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 NCCL_REMEDY = "on GPUs try NCCL_CUMEM_HOST_ENABLE=0, then NCCL_P2P_DISABLE=1 as well"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+received_signals: list[int] = []  # see note_stop_signals
 
 
 def discard_output() -> None:
@@ -94,6 +95,8 @@ def one_line_errors(*kinds: type[Exception]):
         line, caused_elsewhere = explain(error, kinds)
         under_torchrun = {"TORCHELASTIC_RUN_ID", "LOCAL_RANK"} <= os.environ.keys()
         if under_torchrun:
+            if caused_elsewhere and signal.SIGTERM in received_signals:
+                os._exit(1)  # torchrun is ending all ranks: another one has told the cause
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10 * caused_elsewhere + 3 * (os.environ["LOCAL_RANK"] != "0"))
         launcher = int(os.environ.get("LAUNCHER_PID", os.getppid()))  # see torchrun.py
@@ -133,16 +136,16 @@ def probe_all_reduce(device: torch.device) -> None:
 
 
 def note_stop_signals() -> list[int]:
-    """From now on a stop signal only adds its number to the returned list.
+    """From now on a stop signal only adds its number to the returned list, received_signals.
 
     The training loop finishes its step, saves and exits. A second Ctrl-C ends the process at once.
     """
-    received, first_at = [], 0.0
+    first_at = 0.0
 
     def note(number: int, frame) -> None:
         nonlocal first_at
-        if not received:
-            received.append(number)
+        if not received_signals:
+            received_signals.append(number)
             first_at = time.monotonic()
             if not dist.is_initialized() or dist.get_rank() == 0:
                 name = signal.Signals(number).name
@@ -153,13 +156,13 @@ def note_stop_signals() -> list[int]:
                     discard_output()
         # torchrun passes a second Ctrl-C on as SIGTERM, and at its death the kernel sends SIGINT.
         # Within a second it is the same event: the kernel, and Slurm, can send it twice.
-        elif signal.SIGINT in (received[0], number) and time.monotonic() - first_at > 1:
+        elif signal.SIGINT in (received_signals[0], number) and time.monotonic() - first_at > 1:
             raise KeyboardInterrupt
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, note)
-    return received
+    return received_signals
 
 
 def exit_stopped(received: list[int], step: int, fresh: bool) -> None:
