@@ -305,6 +305,8 @@ class Speed:
         for micro in self.micros("2", "ddp"):
             strong, weak = self.strong(micro).median(), self.weak(micro).median()
             text += f"{micro} rows a process: strong scaling {strong:.2f}, weak {weak:.2f}\n"
+        for failed in self.rows[self.rows.kind == "failed"].itertuples():
+            text += f"not measured: {failed.name_} ({failed.error})\n"
         return text
 
 

@@ -178,6 +178,15 @@ class Rank:
         figures["peak_memory_mb"] = machine.peak_memory_mb(self.device)
         return figures
 
+    def measured(self, setting: dict) -> dict:
+        """A row of `measure`; where torch.compile finds no compiler, a row that says so."""
+        try:
+            return {"kind": "step"} | setting | self.measure(setting)
+        except Exception as error:
+            if not setting["compiled"]:
+                raise
+            return {"kind": "failed", "name": "torch.compile", "error": str(error).splitlines()[0]}
+
     def buckets(self) -> list[int]:
         """The bytes of DDP's buckets in the order in which backward fills them, as a hook sees them
         in the second step: in the first backward DDP does not know that order yet."""
@@ -244,7 +253,7 @@ def main() -> None:
     rate = gemm_rate(rank.raw_model.config, DTYPES[plan["precision"]], rank.device)
     threads = torch.get_num_threads()
     rows = [{"kind": "gemm", "threads": threads, "flops": utils.all_reduce_sum([rate])[0]}]
-    rows += [{"kind": "step"} | setting | rank.measure(setting) for setting in plan["settings"]]
+    rows += [rank.measured(setting) for setting in plan["settings"]]
     if rank.world_size > 1:
         rank.models = {}
         sizes = rank.buckets()
