@@ -267,8 +267,8 @@ class Speed:
 
     @property
     def middle(self) -> int:
-        """The rows of each process at which the waterfall was measured."""
-        return self.micros("2", "no_communication")[0]
+        """The rows of each process at which the waterfall was measured; 0 with one device."""
+        return next(iter(self.micros("2", "no_communication")), 0)
 
     def waterfall(self) -> dict[str, float]:
         micro = self.middle

@@ -61,6 +61,12 @@ def recipe(run: dict) -> str:
     )
 
 
+def place(run: dict) -> str:
+    """Where it ran, and whether its processes had to share a GPU."""
+    shared = 0 < run.get("gpus", 0) < run["world_size"]
+    return short(run["host"]) + ", shared by its processes" * shared
+
+
 def trained_on(run: dict) -> str:
     data = "the sample" if run["data"] == "sample" else "AG News"
     processes = f"{run['world_size']} process{'es' * (run['world_size'] > 1)}"
@@ -125,12 +131,13 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found = speeds()
-    env.filters |= {f.__name__: f for f in (measured, predicted, recipe, short, trained_on)}
+    main = next((speed for speed in found if speed.ddp), found[0] if found else None)
+    env.filters |= {f.__name__: f for f in (measured, predicted, recipe, short, trained_on, place)}
     env.filters["accuracy"] = "{:.4f}".format
     env.filters["ms"] = lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}"
     env.tests["empty"] = lambda values: not len(values)
     env.globals |= vars(cost_model) | vars(figures) | globals()
-    env.globals |= {"speeds": found, "speed": found[0] if found else None, "plots": plots.draw()}
+    env.globals |= {"speeds": found, "speed": main, "plots": plots.draw()}
     env.globals |= {"curves": plots.curves(), "timeline": timeline.summary()}
     return env
 

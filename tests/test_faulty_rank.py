@@ -23,6 +23,10 @@ import errors
             marks=pytest.mark.slow,
         ),
         ("killed", "error: rank 1 was killed by SIGKILL"),
+        (
+            "aborted",
+            "error: rank 1 was killed by SIGABRT (by NCCL, if another rank kept it waiting ",
+        ),
         ("killed, seen late", "error: rank 1 was killed by SIGKILL"),
         ("exception, seen late", "KeyError: 'a bug on one rank'"),
     ],

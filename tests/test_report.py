@@ -109,6 +109,18 @@ def test_another_hosts_record_is_a_column_of_its_own(records):
     assert "| **22.0 (20.0 to 24.0)** | **22.0 (20.0 to 24.0)** |" in page("single_gpu")
 
 
+def test_a_machine_with_one_gpu_has_no_column_on_the_page_of_two(records):
+    one = speed_record("an NVIDIA card", device="cuda", instructions="")
+    one["rows"] = [r for r in one["rows"] if r.get("launch") != "2" and r.get("name") != "ddp"]
+    (records / "training_speed_one.json").write_text(json.dumps(one))
+    assert "Not measured yet: `make bench" in page("ddp_2gpu")
+    assert "| an NVIDIA card |" in page("single_gpu") and plots.draw()["throughput.svg"]
+    older = speed_record(started="2029-01-01T00:00:00")
+    (records / "training_speed_two.json").write_text(json.dumps(older))
+    assert "NVIDIA" not in page("ddp_2gpu") and "| a host, amx_bf16 |" in page("ddp_2gpu")
+    assert "| an NVIDIA card | a host, amx_bf16 |" in page("sections/speed")
+
+
 def test_a_setting_added_after_the_rule_is_reported_apart():
     record = speed_record()
     known = next(row for row in record["rows"] if row.get("variant") == "ddp")

@@ -42,8 +42,12 @@ def main() -> int | str:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            hint = " (by the kernel, if memory ran out)" if name == "SIGKILL" else ""
-            print(f"error: rank {rank} was killed by {name}{hint}", file=sys.stderr)
+            seconds = os.environ.get("TIMEOUT") or 600
+            hints = {
+                "SIGKILL": " (by the kernel, if memory ran out)",
+                "SIGABRT": f" (by NCCL, if another rank kept it waiting for {seconds} s)",
+            }
+            print(f"error: rank {rank} was killed by {name}{hints.get(name, '')}", file=sys.stderr)
         return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
     except SignalException as error:
         # SIGUSR2 is from a rank that has printed an error which a restart would repeat
