@@ -311,9 +311,9 @@ class Speed:
 
 
 def speeds() -> list[Speed]:
-    """Every host's record, the newest first."""
-    found = [read(path.stem) for path in RESULTS.glob("training_speed*.json")]
-    return [Speed(record) for record in sorted(found, key=lambda r: r["started"], reverse=True)]
+    """Every host's record: the one of most rounds first, of equally many the newest."""
+    found = [Speed(read(path.stem)) for path in RESULTS.glob("training_speed*.json")]
+    return sorted(found, key=lambda s: (s.count, s.record["started"]), reverse=True)
 
 
 def runs(*scripts: str, folder: str = ".") -> dict[str, dict]:

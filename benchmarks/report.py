@@ -137,7 +137,12 @@ def environment() -> Environment:
     env.filters["ms"] = lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}"
     env.tests["empty"] = lambda values: not len(values)
     env.globals |= vars(cost_model) | vars(figures) | globals()
-    env.globals |= {"speeds": found, "speed": main, "plots": plots.draw()}
+    env.globals |= {
+        "speeds": found,
+        "speed": main,
+        "validated": next((s for s in found if s.ddp and len(s.errors()[1])), None),
+        "plots": plots.draw(),
+    }
     env.globals |= {"curves": plots.curves(), "timeline": timeline.summary()}
     return env
 
