@@ -1,5 +1,6 @@
 """What every test shares: a backbone, news rows, a way to run the scripts."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from ranks import ROOT, environment, run
 LONGEST = (
     "slurm docs one_order resume export faulty_rank marks api two_hosts launch scripts hub ddp lab"
 )
+
+
+def pytest_configure(config):
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests compare with results of a CPU
 
 
 def pytest_collection_modifyitems(items):
