@@ -131,7 +131,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found = speeds()
-    main = next((speed for speed in found if speed.ddp), found[0] if found else None)
+    first = next((speed for speed in found if speed.ddp), found[0] if found else None)
     env.filters |= {f.__name__: f for f in (measured, predicted, recipe, short, trained_on, place)}
     env.filters["accuracy"] = "{:.4f}".format
     env.filters["ms"] = lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}"
@@ -139,7 +139,7 @@ def environment() -> Environment:
     env.globals |= vars(cost_model) | vars(figures) | globals()
     env.globals |= {
         "speeds": found,
-        "speed": main,
+        "speed": first,
         "validated": next((s for s in found if s.ddp and len(s.errors()[1])), None),
         "plots": plots.draw(),
     }
