@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -140,7 +141,11 @@ class Bench:
         return subprocess.Popen(command, cwd=self.folder, env=os.environ | env, **how)
 
     def finish(self, process: subprocess.Popen) -> str:
-        out, _ = process.communicate()
+        try:
+            out, _ = process.communicate()
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
         if process.returncode:
             raise SystemExit(f"{out}\nerror: {shlex.join(map(str, process.args))} failed")
         return out
@@ -186,15 +191,14 @@ class Bench:
         row = {"kind": kind, "name": name, "precision": precision, "flags": json.dumps(flags)}
         return [row | figures | {"steps": steps - warm_up, "warm_up": warm_up}]
 
-    def search(self, precision: str) -> list[dict]:
-        """Trainer with every combination of GRID in this precision and in fp32."""
-        rows, steps = [], 100 if self.cuda else 10
+    def search(self, precision: str, rows: list[dict]) -> None:
+        """Adds Trainer with every combination of GRID in this precision and in fp32."""
+        steps = 100 if self.cuda else 10
         for half, *others in itertools.product(*GRID.values()):
             flags = {precision: True} if half and precision != "fp32" else {}
             flags |= dict(zip(list(GRID)[1:], others, strict=True))
             if half or precision != "fp32":
                 rows += self.trainer("grid", flags, steps, kind="grid")
-        return rows
 
     def pieces(self, launch: str, world_size: int, threads: int, precision: str) -> list[dict]:
         chosen = settings(world_size, precision, self.cuda, self.quick)
@@ -206,7 +210,7 @@ class Bench:
         return [{"launch": launch, "threads": threads} | row for row in json.loads(out.read_text())]
 
     def parts(self, precision: str, best: dict[str, dict]) -> list[tuple[str, float, Callable]]:
-        """A round: (what, about how many seconds on two CPU cores, the call that returns rows)."""
+        """A round: (what, about how many seconds, the call that returns rows)."""
         cores, long, short = self.cores, self.long, self.short
         parts = [("train_single.py", long, partial(self.one, 1, cores, long, "single"))]
         for name, flags in best.items():
@@ -227,7 +231,8 @@ class Bench:
         for launch in launches:
             call = partial(self.pieces, *launch, precision)
             parts.append((f"pieces of a step, {launch[0]}", 30 if self.quick else 150, call))
-        return parts
+        # on a GPU nearly all the time goes into starting; on a CPU these fit two cores
+        return [(name, 30 if self.cuda else seconds, call) for name, seconds, call in parts]
 
     def no_communication(self) -> list[dict]:
         """Two processes that train side by side; their rates together."""
@@ -257,25 +262,33 @@ def best_flags(rows: list[dict], precision: str) -> dict[str, dict]:
     return best | {"naive": {}}
 
 
-def run_rounds(bench: Bench, precision: str, minutes: float) -> list[dict]:
-    """All rows of all rounds. The progress bar counts the seconds that two cores would take."""
-    t0, rows, best, rounds = time.perf_counter(), [], {}, 1 if bench.quick else 3
-    if not bench.quick:  # Trainer alone would take as long as the rest
-        print("Trainer's flags: a grid", flush=True)
-        rows = bench.search(precision)
-        best = best_flags(rows, precision)
-    parts, began = bench.parts(precision, best), time.perf_counter()
-    progress = tqdm(total=rounds * sum(weight for _, weight, _ in parts), unit="s")
-    for number in range(rounds):
-        for name, weight, call in parts:
-            progress.set_description(f"round {number + 1} of {rounds}: {name}")
-            rows += [{"round": number} | row for row in call()]
-            progress.update(weight)
-        each = (time.perf_counter() - began) / (number + 1)
-        if time.perf_counter() - t0 + each > 60 * minutes:
-            break
+def run_rounds(bench: Bench, precision: str, minutes: float) -> tuple[list[dict], int, str]:
+    """(the rows, the number of full rounds, what ended the measurement early): an hour of it is not
+    lost to a failure or Ctrl-C. Rows of a part of a round are kept if there was no full one."""
+    t0, best, rows, full, ended = time.perf_counter(), {}, [], 0, ""
+    rounds = 1 if bench.quick else 3
+    progress = tqdm(total=1, unit="s")
+    try:
+        if not bench.quick:  # Trainer alone would take as long as the rest
+            progress.set_description("Trainer's flags: a grid")
+            bench.search(precision, rows)
+            best = best_flags(rows, precision)
+        parts, began = bench.parts(precision, best), time.perf_counter()
+        progress.reset(rounds * sum(weight for _, weight, _ in parts))
+        for number in range(rounds):
+            for name, weight, call in parts:
+                progress.set_description(f"round {number + 1} of {rounds}: {name}")
+                rows += [{"round": number} | row for row in call()]
+                progress.update(weight)
+            full = number + 1
+            each = (time.perf_counter() - began) / full
+            if time.perf_counter() - t0 + each > 60 * minutes:
+                break
+    except (SystemExit, KeyboardInterrupt) as end:
+        ended = str(end) or "error: stopped"
+        rows = [row for row in rows if not full or row.get("round") != full]
     progress.close()
-    return rows
+    return rows, full, ended
 
 
 def main() -> None:
@@ -288,6 +301,7 @@ def main() -> None:
     add("--minutes", type=float, default=60, help="start no round that would end later")
     add("--out", type=Path, help="write to this file instead")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise utils.UsageError("--device cuda needs a GPU, and none is visible; use --device cpu")
     cuda = torch.cuda.is_available() and args.device != "cpu"
@@ -312,7 +326,7 @@ def main() -> None:
         lengths = prepare_data(find_data(source), backbone, 128, None, 8).train.lengths
         flops = fmean(flops_per_sample(config, int(tokens)) for tokens in lengths)
         bench = Bench(backbone.resolve(), source, Path(folder), cuda, devices, args.quick)
-        rows = run_rounds(bench, precision, args.minutes)
+        rows, full, ended = run_rounds(bench, precision, args.minutes)
     record = header | {
         "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "" if cuda else cpu_instructions()),
         "load_average": load,
@@ -328,12 +342,16 @@ def main() -> None:
         "gflop_per_sample": flops / 1e9,
         "rows": rows,
     }
-    speed = Speed(record)
-    folder, name = (RESULTS, speed.slug) if args.record else (ROOT / "runs", "quick" * args.quick)
+    folder, name = ROOT / "runs", "quick" * args.quick if full else "unfinished"
+    if full and args.record:
+        folder, name = RESULTS, Speed(record).slug
     out = args.out or folder / f"training_speed{name and '_'}{name}.json"
     write_record(out, record, rows)
-    print(speed.summary())
+    if full:
+        print(Speed(record).summary())
     print(f"wrote {out}")
+    if ended:
+        sys.exit(ended)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 from functools import cache
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -186,3 +187,22 @@ def test_what_is_measured_suffices_for_every_figure(quick):
     assert middle in {s["micro"] for s in two if s["variant"] == "no_sync"} and middle in micros
     accumulated = {(s["micro"], s["accumulation"]) for s in two if s["variant"] == "ddp"}
     assert accumulated - {(s["micro"], s["accumulation"]) for s in one} == set()
+
+
+@pytest.mark.parametrize("fails_in, kept", [(1, [0]), (2, [0, 0]), (3, [0, 0])])
+def test_what_was_measured_before_a_failure_is_kept(fails_in, kept):
+    calls = []
+
+    def part():
+        calls.append(None)
+        if len(calls) > fails_in:
+            raise SystemExit("error: it failed")
+        return [{"kind": "script"}]
+
+    parts = [("one", 1, part), ("other", 1, part)]
+    bench = SimpleNamespace(quick=False, search=lambda *_: None, parts=lambda *_: parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_training, "best_flags", lambda *_: {})
+        rows, full, ended = bench_training.run_rounds(bench, "fp32", 60)
+    assert [row["round"] for row in rows] == kept
+    assert full == fails_in // 2 and ended == "error: it failed"
