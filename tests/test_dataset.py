@@ -92,6 +92,14 @@ def test_json_lines_read_like_csv(tmp_path, file):
     write(tmp_path / file, lines)
     examples = ag_news.read_split(tmp_path, "train")
     assert rows(examples) == ROWS and examples.ignored == ["label_text"]
+    for indent in (None, 2):
+        array = json.dumps(list(map(json.loads, lines)), indent=indent)
+        write(tmp_path / file, [array])
+        assert rows(ag_news.read_split(tmp_path, "train")) == ROWS
+    write(tmp_path / file, ['[{"text": "a", "label": 0},', "7]"])
+    refused(tmp_path / file, "row 2: expected a JSON object per row")
+    write(tmp_path / file, ['[{"text": "a", "label": 0},'])
+    refused(tmp_path / file, "")
 
 
 @pytest.mark.parametrize(

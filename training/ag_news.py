@@ -83,21 +83,27 @@ def csv_rows(path: Path) -> Iterator[tuple[str, list]]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, list]]:
-    header = None
-    for line, text in enumerate(read_text(path).split("\n"), 1):
-        if not text.strip():
+    """JSON lines, or one array of objects as pandas writes it with orient="records"."""
+    text, header, kind = read_text(path), None, "line"
+    lines = enumerate(text.split("\n"), 1)
+    if text.lstrip().startswith("["):
+        lines, kind = enumerate(map(json.dumps, json.loads(text)), 1), "row"
+    for number, line in lines:
+        if not line.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError(f"found a JSON {type(row).__name__}")
             json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {line}: expected a JSON object per line; {error}") from None
+            raise ValueError(
+                f"{kind} {number}: expected a JSON object per {kind}; {error}"
+            ) from None
         if header is None:
             header = list(row)
-            yield f"line {line}", header
-        yield f"line {line}", [row.get(name) for name in header]
+            yield f"{kind} {number}", header
+        yield f"{kind} {number}", [row.get(name) for name in header]
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, list]]:
