@@ -291,6 +291,13 @@ def run_rounds(bench: Bench, precision: str, minutes: float) -> tuple[list[dict]
     return rows, full, ended
 
 
+def stop(number: int, frame) -> None:
+    """Ends what is measured, once: `timeout` sends its signal twice."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -301,7 +308,8 @@ def main() -> None:
     add("--minutes", type=float, default=60, help="start no round that would end later")
     add("--out", type=Path, help="write to this file instead")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise utils.UsageError("--device cuda needs a GPU, and none is visible; use --device cpu")
     cuda = torch.cuda.is_available() and args.device != "cpu"
