@@ -40,11 +40,13 @@ class Batcher:
         limit: int = 128,
         max_rows: int = 16,
         max_spread: float = 1.25,
+        max_tokens: int = 1024,
         on_batch: Callable[[int], None] = lambda rows: None,
         on_admitted: Callable[[int], None] = lambda rows: None,
     ):
         self.scores, self.on_batch, self.on_admitted = scores, on_batch, on_admitted
         self.limit, self.max_rows, self.max_spread = limit, max_rows, max_spread
+        self.max_tokens = max_tokens
         self.admitted = 0
         self.pending: list[PendingRequest] = []  # oldest first
         self.arrived = asyncio.Event()
@@ -90,14 +92,15 @@ class Batcher:
 
         Rows are padded to the longest of their batch, and a padded token costs what a real one
         does. So only rows within `max_spread` of each other go together; the oldest goes first,
-        so none waits for ever.
+        so none waits for ever. More than `max_tokens` would take memory and bring no speed.
         """
         oldest = self.pending[0]
         near = sorted(self.pending, key=lambda row: abs(len(row.ids) - len(oldest.ids)))
         batch, shortest, longest = [], len(oldest.ids), len(oldest.ids)
         for row in near[: self.max_rows]:
             shortest, longest = min(shortest, len(row.ids)), max(longest, len(row.ids))
-            if longest > self.max_spread * shortest:
+            wide = longest > self.max_spread * shortest
+            if wide or (batch and longest * (len(batch) + 1) > self.max_tokens):
                 break
             batch.append(row)
         taken = set(map(id, batch))

@@ -48,7 +48,8 @@ class Client:
         self.port, self.writer = port, None
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        if self.writer is None or self.writer.is_closing():
+        # the server has closed a connection that was idle for five seconds
+        if self.writer is None or self.writer.is_closing() or self.reader.at_eof():
             self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             self.writer.write(request)
