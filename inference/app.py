@@ -59,10 +59,14 @@ MAX_UNREAD_BYTES = 64 * 1024 * 1024  # of all bodies that have arrived in part
 logger = logging.getLogger("uvicorn.error")
 
 
-def has_many_values(body: bytes) -> bool:
-    """Whether this JSON is more than texts in a list; far faster than parsing it."""
+def problem_of(body: bytes) -> str | None:
+    """Why this is not JSON with texts in a list, as far as that is seen faster than by parsing."""
+    if b"\0" in body:  # JSON has none; UTF-16, which Python reads as well, is full of them
+        return "expected UTF-8"
     quotes = body.count(b'"') - body.count(b'\\"')
-    return quotes > 2 * MAX_STRINGS or len(STRING.sub(b"", body)) > MAX_SYNTAX_BYTES
+    if quotes > 2 * MAX_STRINGS or len(STRING.sub(b"", body)) > MAX_SYNTAX_BYTES:
+        return "too many values"
+    return None
 
 
 def fail(error) -> NoReturn:
@@ -161,7 +165,7 @@ class Service:
     async def start(self) -> None:
         """Loads the model, once. Raises LoadError."""
         async with self.lock:
-            if self.batcher or self.draining:
+            if self.draining or (self.batcher and not self.batcher.task.get_loop().is_closed()):
                 return
             folder = Path(os.environ.get("CHECKPOINT_DIR") or CHECKPOINTS)
             engine = os.environ.get("ENGINE") or "auto"
@@ -212,6 +216,11 @@ async def lifespan(app: FastAPIOffline):
             " uvicorn's --timeout-graceful-shutdown says how long they may take"
         )
     service.draining = False
+    if METRICS_FOLDER and sys.platform == "linux":
+        for file in Path(METRICS_FOLDER).glob("gauge_live*.db"):  # of workers that were killed
+            pid = file.stem.rpartition("_")[2]
+            if not Path("/proc", pid).exists():
+                multiprocess.mark_process_dead(pid)
     try:
         await service.start()
     except Exception as error:
@@ -252,6 +261,7 @@ class LoadSheddingMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = path.removesuffix("\n")  # with which the router takes it, too
         max_bytes = MAX_BODY_BYTES.get(path) if scope["method"] == "POST" else None
         if max_bytes and (refusal := self.refusal(scope, max_bytes)):
             requests.labels(path, refusal.status_code).inc()  # most of an overload ends here
@@ -298,8 +308,8 @@ class LoadSheddingMiddleware:
             refusal = JSONResponse({"detail": detail}, 408, {"Connection": "close"})
         finally:
             self.unread_bytes -= len(body)
-        if not refusal and has_many_values(body):
-            refusal = JSONResponse({"detail": "body: too many values"}, 422)
+        if not refusal and (problem := problem_of(body)):
+            refusal = JSONResponse({"detail": f"body: {problem}"}, 422)
         if refusal:
             if more:
                 await self.discard(scope, receive)
@@ -381,6 +391,11 @@ async def unreadable_json_handler(request: Request, error: HTTPException) -> JSO
     return JSONResponse({"detail": "body: cannot be read as JSON"}, 422)
 
 
+@app.exception_handler(Exception)
+async def failure_handler(request: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"detail": "the server failed; its log says why"}, 500)
+
+
 @app.exception_handler(QueueFull)
 async def queue_full_handler(request: Request, error: QueueFull) -> JSONResponse:
     return queue_full_response(error.retry_after)
@@ -423,7 +438,7 @@ async def health(service: RunningService):
 
 @app.head("/metrics", include_in_schema=False)
 @app.get("/metrics", response_class=Response)
-async def metrics():
+def metrics():  # in a thread: it reads the files of every worker there ever was
     """Prometheus text."""
     if not METRICS_FOLDER:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

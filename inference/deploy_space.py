@@ -7,9 +7,11 @@ Needs the int8 model of CHECKPOINT_DIR (python inference/export.py --to int8) an
 write (hf auth login).
 """
 
+import http.client
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 
 if not __package__:  # started by its path: imports would be looked for beside this file
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 from huggingface_hub import HfApi, SpaceCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -111,7 +114,8 @@ def wait_until_served(api: HfApi, space: str, commit: str, checkpoint: str, time
             served = ask(f"{url}/health", token)["model"]["checkpoint"]
             if current and served == checkpoint:
                 break
-        except (OSError, ValueError, KeyError) as error:  # while it wakes, a page of the Hub's own
+        # while it wakes, a page of the Hub's own, or an answer cut short
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             served = f"nothing ({error})"
         if time.monotonic() > deadline:
             raise DeployError(
@@ -192,6 +196,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (DeployError, LoadError) as error:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 
 if not __package__:  # started by its path: imports would be looked for beside this file
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import numpy as np
 import torch
@@ -63,6 +65,15 @@ def make_readable(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """A full disk is an error of another kind in each library."""
+    try:
+        yield
+    except Exception as error:
+        raise LoadError(f"cannot write {path}: {error}; is the disk full?") from None
+
+
 def write_int8(model: NewsClassifier, rows: list[np.ndarray], path: Path) -> None:
     """`model` as OpenVINO's .xml and .bin, static int8: the scales of activations are fixed by what
     they are for `rows` of token ids, so that a text's scores do not depend on its batch."""
@@ -83,7 +94,8 @@ def write_int8(model: NewsClassifier, rows: list[np.ndarray], path: Path) -> Non
             # embeddings stay exact: int8 ones would be unpacked to fp32 in memory at every start
             ignored_scope=nncf.IgnoredScope(types=["Gather"]),
         )
-    openvino.save_model(quantized, path, compress_to_fp16=False)
+    with writing(path):
+        openvino.save_model(quantized, path, compress_to_fp16=False)
 
 
 def calibration_rows(train: TokenizedExamples) -> list[np.ndarray]:
@@ -244,8 +256,9 @@ def to_hf(folder: Path) -> None:
     out = folder / "hf"
     with tempfile.TemporaryDirectory(dir=folder) as new:
         new = Path(new, "hf")
-        exported.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        with writing(out):
+            exported.save_pretrained(new)
+            tokenizer.save_pretrained(new)
         (new / "README.md").write_text(model_card(state), encoding="utf-8")
         make_readable(new)
         shutil.rmtree(out, ignore_errors=True)
@@ -275,6 +288,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # unfinished files are removed
+        signal.signal(number, signal.default_int_handler)
     try:
         main()
     except (LoadError, SourceError, DataError) as error:

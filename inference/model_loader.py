@@ -137,7 +137,7 @@ def torch_engine(folder: Path) -> Engine:
         raise LoadError(f"{path} has {classes} classes and {len(labels)} labels; {REMEDY}")
     if not all(value.isfinite().all() for value in model.parameters()):
         raise LoadError(f"{path} holds weights that are not finite; {REMEDY}")
-    if tokenizer.exists() and sha256(tokenizer) != state["tokenizer_sha256"]:
+    if os.path.exists(tokenizer) and sha256(tokenizer) != state["tokenizer_sha256"]:
         raise LoadError(f"{tokenizer} is not the one that {path} was trained with; {REMEDY}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -262,7 +262,7 @@ def load_engine(folder: Path, choice: str) -> Engine:
     except NoInt8Error as error:
         if choice == "int8":
             raise
-        if (folder / INT8_METADATA).exists():
+        if os.path.exists(folder / INT8_METADATA):
             print(f"warning: {error}; serving with torch", file=sys.stderr, flush=True)
         return torch_engine(folder)
 

@@ -14,7 +14,7 @@ with socket.socket() as probe:
 port=$(python -c "$free" "$PORT" 2>/dev/null) ||
   { port=$(python -c "$free" 0); echo "port $PORT cannot be used; using $port"; }
 url=http://127.0.0.1:$port
-python -m uvicorn inference.app:app --port "$port" --http h11 --log-level warning &
+python -m uvicorn inference.app:app --host 127.0.0.1 --port "$port" --http h11 --log-level warning &
 server=$!
 trap 'kill $server 2>/dev/null || true' EXIT
 health=

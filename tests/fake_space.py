@@ -25,6 +25,8 @@ class Handler(BaseHTTPRequestHandler):
             hub.app_tokens.add(self.headers.get("Authorization"))
             status = hub.app_statuses.pop(0) if hub.app_statuses else 200
             answer = hub.app[path.removeprefix("/app")]
+            if isinstance(status, bytes):  # this body instead
+                status, answer = 200, status
         elif path == "/api/validate-yaml":
             status, answer = 200, {"warnings": [], "errors": []}
         else:
@@ -34,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     do_POST = do_GET
 

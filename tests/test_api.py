@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import ROOT, environment, run
@@ -195,6 +196,17 @@ def test_the_app_works_when_another_one_mounts_it(trained, monkeypatch):
     assert 'requests_total{route="/predict",status="413"} 1.0' in metrics
 
 
+def test_each_request_may_have_an_event_loop_of_its_own(trained, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT_DIR", str(trained))
+    monkeypatch.setattr(inference.app, "service", inference.app.Service())
+    client = TestClient(inference.app.app, raise_server_exceptions=False)  # as FastAPI shows it
+    for _ in range(2):
+        assert client.post("/predict", json={"text": "bank"}).status_code == 200
+    monkeypatch.setattr(Classifier, "encode", lambda *_: 1 / 0)
+    answer = client.post("/predict", json={"text": "bank"})
+    assert answer.status_code == 500 and answer.json().keys() == {"detail"}
+
+
 def test_java_s_upgrade_to_http_2_does_not_lose_the_body(http):
     headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEA"}
     answer = http.post("/predict", json={"text": HEADLINE}, headers=headers)
@@ -221,6 +233,8 @@ MARK = "zqxjkvbp"  # in what is sent; never in an answer
         ("/predict", b'{"text": "' + MARK.encode() * 2501 + b'"}', 422, "at most 20000"),
         ("/predict", b'{"text": "' + b"x" * 263_000 + b'"}', 413, "body: over 256 KiB"),
         ("/predict", b'{"text": "' + b"x" * 1_000_000 + b'"}', 413, "body: over 256 KiB"),
+        ("/predict%0A", b'{"text": "' + b"x" * 263_000 + b'"}', 413, "body: over 256 KiB"),
+        ("/predict", '{"text": "\u2200"}'.encode("utf-16"), 422, "body: expected UTF-8"),
         ("/predict", MARK.encode(), 422, "body: JSON decode error"),
         ("/predict", b"", 422, "body: Field required"),
         ("/predict", b"\xff\xfe\x00" + MARK.encode(), 422, "body: "),
@@ -437,12 +451,16 @@ def test_the_work_of_clients_that_hang_up_is_dropped(trained, slow_app):
 
 def test_workers_share_their_metrics(trained, tmp_path):
     folder = str(tmp_path / "metrics")
+    killed = tmp_path / "metrics" / "gauge_livesum_4999999.db"  # a worker that was, not long ago
+    killed.parent.mkdir()
+    killed.touch()
     with server(trained, "--workers", "2", PROMETHEUS_MULTIPROC_DIR=folder, ENGINE="torch") as url:
         for _ in range(20):
             assert httpx.post(f"{url}/predict", json={"text": "bank"}).status_code == 200
         for _ in range(8):  # of one worker or the other: each connection is a new one
             with httpx.Client(base_url=url) as client:
                 assert metric(client, 'requests_total{route="/predict",status="200"}') == 20
+        assert not killed.exists()
         (tmp_path / "metrics" / "counter_99999.db").touch()  # a worker killed while it made this
         answer = httpx.get(f"{url}/metrics")
         assert answer.status_code == 503 and "cannot be read" in answer.json()["detail"]

@@ -82,6 +82,11 @@ def test_the_card_names_the_terms_of_the_models_data(checkpoints, hub, data, lic
     assert ("non-commercial" in body) == (licence == "other")
 
 
+def test_odd_answers_of_a_space_that_wakes_are_waited_out(checkpoints, hub):
+    hub.app_statuses = [503, b"<html>", b"[1]", b'{"model": null}', b""]
+    assert deploy(checkpoints, hub).returncode == 0 and not hub.app_statuses
+
+
 def test_a_private_space_is_asked_with_the_token(checkpoints, hub):
     hub.space["private"] = True
     done = deploy(checkpoints, hub, "--private")

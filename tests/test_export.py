@@ -4,13 +4,16 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from fakes import COMMON, WORDS
-from ranks import ROOT, run
+from ranks import ROOT, environment, run
 
 import checkpoint
 from ag_news import read_folder
@@ -358,3 +361,20 @@ def test_memory_does_not_grow_with_the_shapes_that_were_seen(exported):
     )
     half, end = map(int, run([sys.executable, "-c", code, exported], ROOT).stdout.split())
     assert end < half + 20  # MiB
+
+
+def test_an_export_that_is_ended_leaves_nothing_behind(trained, news_folder, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(trained, folder)
+    before = set(folder.iterdir())
+    command = [sys.executable, ROOT / "inference" / "export.py", "--to", "int8"]
+    command += ["--data", news_folder, "--checkpoint-dir", folder]
+    process = subprocess.Popen(
+        [*map(str, command)], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and set(folder.iterdir()) == before:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (1, "error: interrupted; run the same command again\n")
+    assert set(folder.iterdir()) == before

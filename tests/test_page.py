@@ -272,6 +272,12 @@ def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, page):
     assert "only its beginning counted" in page.one("#answer").text
     page.one("#answer .row button").click()
     page.says("#why", "no two words")
+    FakeApi.answers["/some/prefix/predict/batch"] = [(200, {}, "cut sh"), (200, {}, {"a": 1})]
+    for _ in range(2):
+        page.ask("two words")
+        page.says("blockquote", "two words")
+        page.one("#answer .row button").click()
+        page.says("#why", "The server did not answer this")
     assert not page.all("#bold, img") and page.driver.execute_script("return window.hit") is None
 
 
