@@ -2,7 +2,7 @@
 # Starts the API, waits until it is healthy, asks it one question with curl, and stops it.
 # PORT: the port to use; a free one without it, or where another program has it.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ${PORT:=0} =~ ^[0-9]{1,5}$ ]] && ((10#$PORT < 65536)) ||
   { echo "error: PORT=$PORT: expected a number from 1 to 65535" >&2; exit 1; }
 command -v curl >/dev/null || { echo "error: curl is needed" >&2; exit 1; }

@@ -398,7 +398,10 @@ def test_texts_are_tokenised_once_for_all_processes(cache, tiny_backbone):
     assert all(np.array_equal(results[0], other) for other in results)
     dataset.cached_tokens([*texts, "one more"], tiny_backbone, 128)
     dataset.cached_tokens(texts, tiny_backbone, 64)
-    assert len(calls) == 3  # other texts, another length: other files
+    other = shutil.copytree(tiny_backbone, cache[1].parent / "other")
+    (other / "added_tokens.json").write_text("{}")
+    dataset.cached_tokens(texts, other, 128)
+    assert len(calls) == 4  # other texts, another length, another tokenizer: other files
 
 
 @pytest.mark.parametrize("size", [0, 100, -20])

@@ -47,6 +47,18 @@ def executable(path: Path, body: str) -> Path:
 HOSTS = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
+@pytest.mark.parametrize("command", ["bash training/run_ddp.sh", "bash link", "sh link"])
+def test_odd_ways_to_start_find_the_scripts(launch, tmp_path, command):
+    os.symlink(tmp_path / "training" / "run_ddp.sh", tmp_path / "link")
+    (tmp_path / "elsewhere" / "training").mkdir(parents=True)
+    (tmp_path / "training" / "train_ddp.py").write_text("print('it ran')")
+    odd = {"CDPATH": f"{tmp_path}/elsewhere:.", "PET_NNODES": "2", "PYTHON": sys.executable}
+    env = environment(NPROC_PER_NODE="1", **odd)
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command.split(), **how)
+    assert (done.returncode, done.stdout) == (0, "it ran\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     "setting, value",
     [

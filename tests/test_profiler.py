@@ -105,6 +105,9 @@ def test_what_lies_outside_of_computation():
     ],
 )
 def test_what_cannot_be_profiled_is_one_line(tiny_backbone, news_folder, tmp_path, more, said):
-    ranks = run_ranks(2, flags(tiny_backbone, news_folder, tmp_path, *more), tmp_path)
-    assert all(rank.status for rank in ranks)
+    unfinished = tmp_path / "checkpoints" / "last.pt"
+    unfinished.parent.mkdir()
+    unfinished.touch()
+    ranks = run_ranks(2, flags(tiny_backbone, news_folder, tmp_path, "--fresh", *more), tmp_path)
+    assert all(rank.status for rank in ranks) and unfinished.exists()
     assert said in ranks[0].stderr and "Traceback" not in ranks[0].stderr

@@ -1,21 +1,26 @@
 """Interrupted runs lose nothing: pytest tests/test_resume.py (bits: test_one_order.py)"""
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 
 import pytest
 import torch
 from ranks import ROOT, environment, run_ranks, train
 
 import checkpoint
+import errors
 
 
 def flags(backbone, news, folder, *more):
@@ -119,12 +124,20 @@ def test_a_model_that_is_replaced_is_kept_and_named(tiny_backbone, news_folder, 
     assert f"CHECKPOINT_DIR={tmp_path / 'c'} uvicorn" in rank.stdout
 
 
-def test_the_tokenizer_of_a_model_that_is_replaced_is_kept_if_it_is_another(
-    tiny_backbone, tmp_path
-):
+@pytest.fixture
+def other(tiny_backbone, tmp_path):
+    """A backbone with another tokenizer."""
     other = shutil.copytree(tiny_backbone, tmp_path / "other")
     text = (other / "tokenizer.json").read_text().replace('"goal"', '"aim"')
     (other / "tokenizer.json").write_text(text)
+    return other
+
+
+def test_the_tokenizer_of_a_model_that_is_replaced_is_kept_if_it_is_another(
+    tiny_backbone, other, tmp_path, monkeypatch
+):
+    for name in ("copystat", "copymode"):  # as on a mount that refuses, or with another's files
+        monkeypatch.setattr(shutil, name, None)
     folder = tmp_path / "tokenizer"
     first = checkpoint.save_tokenizer(tiny_backbone, folder)
     assert checkpoint.save_tokenizer(tiny_backbone, folder) == (first[0], False)
@@ -134,6 +147,72 @@ def test_the_tokenizer_of_a_model_that_is_replaced_is_kept_if_it_is_another(
         saved = (place / "tokenizer.json").read_bytes()
         assert hashlib.sha256(saved).hexdigest() == digest
     assert len(list(tmp_path.iterdir())) == 3  # and nothing temporary
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_former_one_its_tokenizer(
+    tiny_backbone, other, tmp_path, monkeypatch
+):
+    record = defaultdict(int, epochs=[defaultdict(int)])
+    model, read = torch.nn.Linear(1, 1), (tmp_path / "tokenizer" / "tokenizer.json").read_bytes
+    assert checkpoint.save_model(tmp_path, model, record, tiny_backbone).startswith("saved ")
+    former = read()
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(checkpoint.CheckpointError, match="what was there is unchanged"):
+        checkpoint.save_model(tmp_path, model, record, other)
+    assert read() == former
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_error(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse(number):
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    checkpoint.save_checkpoint({"a": 1}, tmp_path / "a.pt")
+    assert checkpoint.load_checkpoint(tmp_path / "a.pt", "a") == {"a": 1}
+
+
+def test_another_torchrun_of_the_same_host_and_process_number_is_another(monkeypatch):
+    found = set()
+    for number in "ab":  # in a container torchrun is always process 1
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", number)
+        found.add(checkpoint.launcher_id())
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("more, without", [([], ""), (["--fresh"], " without --fresh")])
+def test_a_failure_says_how_to_resume(monkeypatch, more, without):
+    monkeypatch.setattr(sys, "argv", ["train_ddp.py", *more])
+    line, _ = errors.explain(RuntimeError("gloo: Connection closed by peer"), ())
+    assert line.endswith(f"; the same command{without} resumes from the last save")
+
+
+def test_the_model_is_saved_when_nobody_reads_the_output(tiny_backbone, news_folder, tmp_path):
+    run = flags(tiny_backbone, news_folder, tmp_path / "a folder")
+    command = [sys.executable, "-u", ROOT / "training" / "train_single.py", *run]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, env=environment(), **how)
+    next(line for line in process.stdout if "steps:" in line)
+    process.stdout.close()  # `| head`
+    assert process.wait(60) == 0, process.stderr.read()
+    names = {path.name for path in (tmp_path / "a folder").iterdir()}
+    assert names == {"distilbert_agnews.pt", "tokenizer"}
+
+
+def test_closed_and_narrow_output_do_not_stop_a_run(tiny_backbone, news_folder, tmp_path):
+    folder = news_folder.rename(news_folder.with_name("n\u00e9ws"))
+    try:
+        run = shlex.join(flags(tiny_backbone, folder, tmp_path / "c d", "--max-steps", 2))
+        script = f"{sys.executable} {ROOT}/training/train_single.py {run} 2>&-"
+        how = {"env": environment(PYTHONIOENCODING="ascii"), "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, **how)
+    finally:
+        folder.rename(news_folder)
+    assert done.returncode == 0, done.stdout
+    assert "n\\xe9ws" in done.stdout and f"CHECKPOINT_DIR='{tmp_path / 'c d'}' " in done.stdout
 
 
 def test_a_folder_that_another_run_uses_is_refused(tiny_backbone, news_folder, tmp_path):
@@ -174,6 +253,10 @@ def test_what_cannot_be_written_is_refused_before_the_first_step(
     (rank,) = run_ranks(1, [ROOT / "training" / "train_ddp.py", *run], tmp_path)
     assert rank.status == 1 and rank.stdout == ""
     assert rank.stderr.startswith("error: cannot write to ") and rank.stderr.count("\n") == 1
+    if flag == "--report":
+        run = flags(tiny_backbone, news_folder, tmp_path / "c", flag, tmp_path)
+        (rank,) = run_ranks(1, [ROOT / "training" / "train_ddp.py", *run], tmp_path)
+        assert rank.stderr == f"error: --report {tmp_path} is a folder; expected a file's name\n"
 
 
 def start(script, folder, backbone, news, out):

@@ -116,13 +116,13 @@ def table_rows(path: Path) -> Iterator[tuple[str, list]]:
         table = pyarrow.ipc.open_stream(path.read_bytes()).read_all()
     table.validate(full=True)  # corrupted bytes could crash the process below
     info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
-    features = info.get("info", {}).get("features", {})
+    features = (info.get("info") or {}).get("features") or {}
     yield "header", table.column_names
     columns = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         used = any(name.strip().lower() in form for form in FORMS)
         values = column.to_pylist() if used else [None] * len(column)  # Python lacks some types
-        if used and (names := features.get(name, {}).get("names")):
+        if used and (names := (features.get(name) or {}).get("names")):
             values = [names[x] if x in range(len(names)) else f"{x} of {names}" for x in values]
         columns.append(values)
     for row, cells in enumerate(zip(*columns, strict=True), 1):

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -87,7 +88,8 @@ def save_checkpoint(state: dict, path: Path) -> None:
         keep_previous(path)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # so that the renames survive a power cut, too
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(folder)  # so that the renames survive a power cut, too
         os.close(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or "the disk is full or cannot be written"
@@ -134,7 +136,11 @@ def claim_folders(args) -> None:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(100_000))  # an empty file fits on a full disk
         except OSError as error:
-            raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from None
+            raise CheckpointError(
+                f"cannot write to {folder}: {error.strerror}; name another folder"
+            ) from None
+    if args.report and args.report.is_dir():
+        raise CheckpointError(f"--report {args.report} is a folder; expected a file's name")
     path = args.checkpoint_dir / ".lock"
     until = time.monotonic() + 10  # a run that was told to stop may still be saving
     while True:
@@ -166,6 +172,18 @@ def release_folder(folder: Path) -> None:
     (folder / ".lock").unlink(missing_ok=True)
 
 
+def copy_files(source: Path, folder: Path) -> None:
+    """Without modes and times: `folder` may be a link or a mount, its files another user's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        temporary = temporary_path(folder / file.name)
+        try:
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, folder / file.name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
     """(SHA-256 of its tokenizer.json, whether another one was there: it is kept as *.previous)."""
     from transformers import AutoTokenizer  # here: it takes seconds, and others wait for none
@@ -178,8 +196,8 @@ def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
         changed = (folder / name).exists() and (folder / name).read_bytes() != new
         if changed:
             shutil.rmtree(previous, ignore_errors=True)
-            shutil.copytree(folder, previous)
-        shutil.copytree(temporary, folder, dirs_exist_ok=True)  # it may be a link or a mount
+            copy_files(folder, previous)
+        copy_files(temporary, folder)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise CheckpointError(f"cannot save {folder}: {error}") from None
     finally:
@@ -187,14 +205,19 @@ def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
     return hashlib.sha256(new).hexdigest(), changed
 
 
-def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> None:
-    """Saves the model that is served: weights, their shape, labels, metrics and origin."""
+def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> str:
+    """Saves the model that is served: weights, their shape, labels, metrics and origin.
+
+    Returns what to tell the user.
+    """
     path = folder / MODEL
     before = f"; the model before it is {previous_path(path)}" if path.exists() else ""
-    setting = "" if folder.resolve() == FOLDER.resolve() else f"CHECKPOINT_DIR={folder} "
-    digest, other_tokenizer = save_tokenizer(backbone, folder / "tokenizer")
+    elsewhere = folder.resolve() != FOLDER.resolve()
+    setting = f"CHECKPOINT_DIR={shlex.quote(str(folder))} " * elsewhere
+    tokenizer, previous_tokenizer = folder / "tokenizer", folder / "tokenizer.previous"
+    digest, other_tokenizer = save_tokenizer(backbone, tokenizer)
     if before and other_tokenizer:
-        before += f", its tokenizer {folder / 'tokenizer.previous'}"
+        before += f", its tokenizer {previous_tokenizer}"
     names = "test_loss test_accuracy test_samples val_samples".split()
     metrics = {name: record[name] for name in names}
     metrics |= {key: record["epochs"][-1][key] for key in ("val_loss", "val_accuracy")}
@@ -209,8 +232,14 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
         "tokenizer_sha256": digest,
         "provenance": {key: record[key] for key in origin} | {"launcher": launcher_id()},
     }
-    save_checkpoint(state, path)
-    print(f"saved {path}{before}; serve it with: {setting}uvicorn inference.app:app", flush=True)
+    try:
+        save_checkpoint(state, path)
+    except CheckpointError:
+        if other_tokenizer:  # the model before it needs its own
+            with suppress(OSError):
+                copy_files(previous_tokenizer, tokenizer)
+        raise
+    return f"saved {path}{before}; serve it with: {setting}uvicorn inference.app:app"
 
 
 # Resuming
@@ -281,8 +310,11 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
 
 
 def launcher_id() -> str:
-    """The torchrun that started this process; the same after torchrun restarts the ranks."""
-    return f"{platform.node()} {os.getppid()}"
+    """The torchrun that started this process; the same after torchrun restarts the ranks.
+
+    Its own random number is a part, since in a container host name and process repeat.
+    """
+    return f"{platform.node()} {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID')}"
 
 
 def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:

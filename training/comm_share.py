@@ -4,6 +4,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +37,8 @@ def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: in
         both.append(timed_backward(model, batch, autocast, device, nullcontext()))
         compute.append(timed_backward(model, batch, autocast, device, model.no_sync()))
     model.zero_grad()
+    if dist.get_world_size() == 1:
+        return
     both, compute = all_reduce_sum([min(both), min(compute)])  # sums: their ratio is the mean's
     share = max(0.0, both - compute) / (grad_accum_steps * compute + max(0.0, both - compute))
     sizes = {name: 4 * p.numel() / 1e6 for name, p in model.module.named_parameters()}

@@ -126,7 +126,8 @@ def cached_tokens(texts: list[str], folder: Path, max_length: int) -> tuple[np.n
     from huggingface_hub.constants import HF_HOME
 
     key = hashlib.sha256(json.dumps([max_length, version("tokenizers"), texts]).encode())
-    for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json"):
+    names = "tokenizer.json vocab.txt tokenizer_config.json special_tokens_map.json config.json"
+    for name in (*names.split(), "added_tokens.json"):
         if (folder / name).is_file():
             key.update(name.encode() + (folder / name).read_bytes())
     path = Path(HF_HOME) / "distrinews" / f"{key.hexdigest()[:24]}.npz"

@@ -52,6 +52,21 @@ def print0(text: str) -> None:
             discard_output()
 
 
+def same_command_resumes() -> str:
+    without = " without --fresh" * ("--fresh" in sys.argv)  # which would delete that save
+    return f"the same command{without} resumes from the last save"
+
+
+def repair_output() -> None:
+    """Text goes nowhere if its stream is closed, and what cannot be encoded is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
+
+
 def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
     """(one line for an error that a user can cause, whether another process caused it)."""
     text = str(error)
@@ -75,7 +90,7 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         seconds = os.environ.get("TIMEOUT") or 600
         cause = f"another rank did not reach a collective within {seconds} s: it hangs, or the "
         cause += "network between the hosts is down"
-    return f"{cause}; the same command resumes from the last save", True
+    return f"{cause}; {same_command_resumes()}", True
 
 
 @contextmanager
@@ -86,10 +101,11 @@ def one_line_errors(*kinds: type[Exception]):
     seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and ranks that fail
     because another one did after 10 and 13 s: what is read is the cause.
     """
+    repair_output()
     try:
         yield
     except KeyboardInterrupt:
-        print0("stopped at once; the same command resumes from the last save")
+        print0(f"stopped at once; {same_command_resumes()}")
         os._exit(128 + signal.SIGINT)
     except Exception as error:
         line, caused_elsewhere = explain(error, kinds)

@@ -8,6 +8,10 @@ Each imports the real code and changes one thing, which is printed as a two-line
 on made-up rows, so that nothing is downloaded; what breaks is the same at any size.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all processes without a traceback
+
 import json
 import os
 import sys
@@ -31,7 +35,7 @@ import checkpoint
 import machine
 import utils
 from dataset import LengthGroupedSampler, TokenizedExamples, collate, eval_loader
-from errors import print0
+from errors import one_line_errors, print0, repair_output
 from model import Config, NewsClassifier
 
 ROWS, BATCH = 400, 16
@@ -296,6 +300,7 @@ def one_line(function) -> str:
 
 
 def run_rank(rank: int, names: list[str], place: str, report: Path | None) -> None:
+    repair_output()
     torch.set_num_threads(1)
     store = dist.FileStore(f"{place}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -325,9 +330,17 @@ def main() -> None:
     if not args.names:
         for name, (experiment, _, _) in EXPERIMENTS.items():
             print(f"{name:24}{one_line(experiment)}")
-        if not sys.stdin.isatty() or input("Enter: take the tour; q: leave ").strip():
+        if not sys.stdin or not sys.stdin.isatty():
             return
-    names = [*EXPERIMENTS] if args.names in ([], ["tour"]) else args.names
+        try:
+            if input("Enter: take the tour; q: leave ").strip():
+                return
+        except EOFError:
+            return
+    names = [*EXPERIMENTS] if not args.names or "tour" in args.names else args.names
+    if args.report:
+        with one_line_errors():
+            args.report.open("a").close()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     with tempfile.TemporaryDirectory() as place:
         torch.multiprocessing.spawn(run_rank, (names, place, args.report), nprocs=2)

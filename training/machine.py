@@ -118,6 +118,8 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The checkout's commit, with -dirty where tracked files were changed; None outside git."""
+    if not (ROOT / ".git").exists():  # it would be that of a repository around this one
+        return os.environ.get("GIT_COMMIT")
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)

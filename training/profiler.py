@@ -32,6 +32,14 @@ LAUNCHES = ("cuda_runtime", "cuda_driver")  # categories of events in which the 
 COLLECTIVE = r"gloo:(\w+)|ncclDevKernel_([A-Za-z]+)"
 
 
+def check_steps(folder: Path | None, steps: int) -> None:
+    if folder and steps < WAIT + STEPS:
+        raise UsageError(
+            f"--profile records {STEPS} steps after {WAIT}, and {steps} are left in this run; "
+            "use more --epochs or --max-steps, or --fresh"
+        )
+
+
 def start(folder: Path | None, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """Profiles STEPS steps after the first WAIT of the `steps` to come; nothing without a folder.
 
@@ -39,11 +47,7 @@ def start(folder: Path | None, optimizer: torch.optim.Optimizer, steps: int) -> 
     """
     if folder is None:
         return
-    if steps < WAIT + STEPS:
-        raise UsageError(
-            f"--profile records {STEPS} steps after {WAIT}, and {steps} are left in this run; "
-            "use more --epochs or --max-steps, or --fresh"
-        )
+    check_steps(folder, steps)
     path = folder / f"rank{dist.get_rank()}.json"
     folder.mkdir(parents=True, exist_ok=True)  # on hosts other than rank 0's
     profile = torch.profiler.profile(

@@ -12,9 +12,11 @@
 #
 # On each of two hosts (the second with NODE_RANK=1), with the address of the first:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 bash training/run_ddp.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # sh run_ddp.sh
 set -euo pipefail
 trap 'exit 130' INT  # else bash goes on after a Ctrl-C that a command in this script handled
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")  # it may be a link
+here=$(CDPATH='' cd "$(dirname "$here")" && pwd)
 
 fail() { echo "error: $1" >&2 && exit 2; }
 
@@ -41,7 +43,7 @@ check NNODES "$nnodes" 1 1024
 check MAX_RESTARTS "$restarts" 0 1000
 check TIMEOUT "$TIMEOUT" 1 86400
 if [ "$nnodes" = 1 ]; then
-  rendezvous=(--standalone)  # on a free port: several runs on one host do not collide
+  rendezvous=(--standalone --nnodes 1)  # on a free port: several runs on one host do not collide
   # gloo looks up the host's own name, which can fail or hang on a laptop without a network
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$([ "$(uname)" = Darwin ] && echo lo0 || echo lo)}
 else

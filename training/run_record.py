@@ -136,11 +136,11 @@ def finish_record(record: dict, history: dict, test: tuple, device, report: Path
     """Adds what was measured, and writes the record to runs/ and to `report`."""
     record |= history | {"test_loss": test[0], "test_accuracy": test[1]}
     record["peak_memory_mb"] = peak_memory_mb(device)
-    print(f"test: loss {test[0]:.4f}, accuracy {test[1]:.4f} on {record['test_samples']:,} rows")
-    own = Path("runs") / f"{record['script']}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    print0(f"test: loss {test[0]:.4f}, accuracy {test[1]:.4f} on {record['test_samples']:,} rows")
+    own = Path("runs") / f"{record['script']}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.json"
     for path in filter(None, (own, report)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
         except OSError as error:  # no reason to lose the model
-            print(f"warning: cannot write the run record {path}: {error.strerror}")
+            print0(f"warning: cannot write the run record {path}: {error.strerror}")

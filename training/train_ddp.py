@@ -122,6 +122,7 @@ def main() -> None:
     record = run_record.start_record(
         args, data, raw_model, model_source, (precision, reason), micro_batch_size, total_steps
     )
+    profiler.check_steps(args.profile, total_steps)  # before --fresh deletes a run
     trainer_state = {"model": raw_model, "optimizer": optimizer, "scaler": scaler}
     step, history, epoch_sums = checkpoint.resume(args, recipe, trainer_state)
 
@@ -202,7 +203,7 @@ def main() -> None:
     # corrupt a file. It saves raw_model: the wrapper puts "module." before every name.
     if master_process:
         run_record.finish_record(record, history, test, device, args.report)
-        checkpoint.save_model(args.checkpoint_dir, raw_model, record, folder)
+        errors.print0(checkpoint.save_model(args.checkpoint_dir, raw_model, record, folder))
         checkpoint.release_folder(args.checkpoint_dir)  # deletes last.pt: the run is finished
     utils.cleanup_distributed()
 

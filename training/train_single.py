@@ -157,7 +157,7 @@ def main() -> None:
     test = utils.evaluate(raw_model, test_loader, device, autocast)
     if master_process:
         run_record.finish_record(record, history, test, device, args.report)
-        checkpoint.save_model(args.checkpoint_dir, raw_model, record, folder)
+        errors.print0(checkpoint.save_model(args.checkpoint_dir, raw_model, record, folder))
         checkpoint.release_folder(args.checkpoint_dir)  # deletes last.pt: the run is finished
 
 

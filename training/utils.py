@@ -29,8 +29,8 @@ LR_HELP = "peak (default: 3e-5 * sqrt(rows per step / 32); 1.4e-4 * ... if narro
 
 def torchrun_ranks() -> tuple[int, int, int]:
     """(rank, local_rank, world_size) as torchrun set them in this process's environment."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in names):
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    if not all(os.environ.get(name) for name in names):
         raise UsageError("train_ddp.py is started by torchrun: bash training/run_ddp.sh [flags]")
     return tuple(int(os.environ[name]) for name in names[:3])
 
