@@ -5,6 +5,7 @@ all-reduce algorithms, 2009; nccl-tests calls the rate in it "bus bandwidth". Th
 buckets: Li et al., PyTorch Distributed, VLDB 2020, section 3.2.3.
 
     step = accumulation x micro-batch + exposed communication + imbalance + update + data
+           + the metrics' all-reduce
 """
 
 from bisect import bisect
@@ -40,7 +41,7 @@ def all_reduce(size: float, world_size: int, latency: float, bandwidth: float) -
 def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:
     """y at x on straight lines from point to point; the first and the last line are extended.
 
-    One line will not do: activations that leave the caches make every further token dearer.
+    One line will not do: activations that leave the caches make every further token costlier.
     """
     right = min(max(1, bisect([known for known, _ in points], x)), len(points) - 1)
     (x0, y0), (x1, y1) = points[right - 1 : right + 1]

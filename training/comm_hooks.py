@@ -48,8 +48,8 @@ def register_comm_hook(
             # not waited for: backward computes the next bucket while this one is sent
             future = dist.all_reduce(buffer.to(dtype), async_op=True).get_future()
             return future.then(lambda sent: buffer.copy_(sent.value()[0]))
-        # Waited for: the embeddings come last in backward, so there is nothing left to overlap. And
-        # a Python callback run by gloo's own thread can race with the interpreter's shutdown.
+        # Waited for: over gloo, because a Python callback that its own thread runs can race with
+        # the interpreter's shutdown; over NCCL, because the embeddings come last in any case.
         for part in dense:
             if part.numel():
                 sent = part.to(dtype)

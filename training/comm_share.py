@@ -42,18 +42,21 @@ def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: in
     both, compute = all_reduce_sum([min(both), min(compute)])  # sums: their ratio is the mean's
     share = max(0.0, both - compute) / (grad_accum_steps * compute + max(0.0, both - compute))
     sizes = {name: 4 * p.numel() / 1e6 for name, p in model.module.named_parameters()}
-    total = sum(sizes.values())
-    sent, flags = total, []
-    if not args.sparse_embeddings:
-        sent -= sizes[EMBEDDING_WEIGHT]
+    sent, flags = sum(sizes.values()), []
+    if args.grad_compression != "none":
+        sent /= 2
+    less = sparse = sent * (1 - sizes[EMBEDDING_WEIGHT] / sum(sizes.values()))
+    if args.sparse_embeddings:
+        sent = sparse
+    else:
         flags.append("--sparse-embeddings")
     if args.grad_compression == "none" and device.type == "cuda":  # gloo adds 16 bits slowly
-        sent /= 2
+        less /= 2
         flags.append("--grad-compression fp16")
     if share < 0.1:
         advice = "little is left to gain"
     elif flags:
-        advice = f"{' '.join(flags)} would send about {sent:.0f} MB instead of {total:.0f}"
+        advice = f"{' '.join(flags)} would send about {less:.0f} MB instead of {sent:.0f}"
     else:
         advice = "a larger --global-batch-size needs fewer all-reduces per row"
     print0(f"communication: {share:.0%} of a step's forward and backward; {advice}")

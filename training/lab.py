@@ -4,8 +4,8 @@ python training/lab.py              # lists the experiments, and offers the tour
 python training/lab.py no-set-epoch
 python training/lab.py tour         # all of them, in the order of the marks in train_ddp.py
 
-Each imports the real code and changes one thing, which is printed as a two-line diff. A small model
-on made-up rows, so that nothing is downloaded; what breaks is the same at any size.
+Each changes one thing, most of them in the real code, and prints it as a two-line diff. A small
+model on made-up rows, so that nothing is downloaded; what breaks is the same at any size.
 """
 
 import signal
