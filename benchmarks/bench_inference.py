@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, help="of each measurement")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server, too
     if not shutil.which("wrk"):
         raise BenchError("wrk sends the requests; apt-get install wrk, or brew install wrk")
     rounds, seconds = (1, 2) if args.quick else (3, 6)

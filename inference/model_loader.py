@@ -7,6 +7,8 @@ int8 engine imports neither torch nor transformers; inference/export.py writes i
 """
 
 import argparse
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -218,6 +220,9 @@ def private_copy(path: Path) -> BinaryIO:
 def int8_engine(folder: Path) -> Engine:
     """The int8 model that export.py made of the checkpoint, on the CPU."""
     openvino, metadata = import_openvino(), read_metadata(folder)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        # M_ARENA_MAX: all threads share a heap; each one's own would hold freed activations
+        ctypes.CDLL(None).mallopt(-8, 1)
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads(),
