@@ -43,16 +43,12 @@ ALL_ROWS = [
 ]
 
 
-def without_seed(recipe: dict) -> dict:
-    return {flag: value for flag, value in recipe.items() if flag != "seed"}
-
-
 def best(runs: list[dict]) -> dict:
     """The default batch's recipe of the highest validation accuracy, over its seeds on average."""
     found = {}
     for run in runs:
         if run["recipe"]["global-batch-size"] == BATCH:
-            name = json.dumps(without_seed(run["recipe"]))
+            name = json.dumps({k: v for k, v in run["recipe"].items() if k != "seed"})
             found.setdefault(name, []).append(run["val_accuracy"])
     return json.loads(max(found, key=lambda name: fmean(found[name]), default="{}"))
 

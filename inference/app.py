@@ -50,7 +50,7 @@ PAGE_POLICY = (
 )
 # 20,000 characters that JSON escapes as \ud83d\ude00 are 240,000 bytes
 MAX_BODY_BYTES = {"/predict": 256 * 1024, "/predict/batch": 1024 * 1024}
-# Of a megabyte of other JSON the parser makes so many objects that the event loop stops for 0.3 s.
+# Of a megabyte of other JSON the parser makes so many objects that the event loop stops meanwhile.
 MAX_STRINGS, MAX_SYNTAX_BYTES = 1000, 10_000  # 64 texts are 65 strings; between them is little
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 MAX_BODY_SECONDS = 20  # from the end of the headers; uvicorn itself waits for ever

@@ -42,13 +42,11 @@ def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: in
     both, compute = all_reduce_sum([min(both), min(compute)])  # sums: their ratio is the mean's
     share = max(0.0, both - compute) / (grad_accum_steps * compute + max(0.0, both - compute))
     sizes = {name: 4 * p.numel() / 1e6 for name, p in model.module.named_parameters()}
-    sent, flags = sum(sizes.values()), []
+    less, flags = sum(sizes.values()) - sizes[EMBEDDING_WEIGHT], []
+    sent = less + (0 if args.sparse_embeddings else sizes[EMBEDDING_WEIGHT])
     if args.grad_compression != "none":
-        sent /= 2
-    less = sparse = sent * (1 - sizes[EMBEDDING_WEIGHT] / sum(sizes.values()))
-    if args.sparse_embeddings:
-        sent = sparse
-    else:
+        sent, less = sent / 2, less / 2
+    if not args.sparse_embeddings:
         flags.append("--sparse-embeddings")
     if args.grad_compression == "none" and device.type == "cuda":  # gloo adds 16 bits slowly
         less /= 2
