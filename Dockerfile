@@ -9,7 +9,7 @@
 #                    OMP_NUM_THREADS is taken, too
 #   WEB_CONCURRENCY  server processes (1); give them PROMETHEUS_MULTIPROC_DIR for a common /metrics
 #   ALLOW_ORIGINS    sites whose pages may ask, "*" or separated by commas (none)
-#   UVICORN_...      any flag of uvicorn, such as UVICORN_TIMEOUT_KEEP_ALIVE=30
+#   UVICORN_...      other flags of uvicorn, such as UVICORN_TIMEOUT_KEEP_ALIVE=30
 FROM python:3.12-slim
 
 # a Space runs its container as uid 1000

@@ -44,7 +44,7 @@ $(INSTALLED): requirements.txt requirements-offline.txt constraints.txt
 	$(PYTHON) has version: $(VERSION); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1;; esac
 	@echo "installing into .venv: about 2 GB with PyTorch's CPU build, 6 GB with CUDA's libraries"
 	@rm -f .venv/installed-*
-	@[ -x $(BIN)/python$(VERSION) ] || PATH="$${PATH#*:}" $(PYTHON) -m venv --clear .venv
+	@[ -x $(BIN)/python$(VERSION) ] && [ -x $(BIN)/pip ] || PATH="$${PATH#*:}" $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install -r requirements.txt -c constraints.txt
 	$(BIN)/pip install --no-deps -r requirements-offline.txt
 	@touch $@

@@ -30,13 +30,15 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 
+# texts are tokenized one by one: more threads would only contend with the model's
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 METRICS_FOLDER = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
 if METRICS_FOLDER == "":  # prometheus_client would take the folder that this process is in
     del os.environ["PROMETHEUS_MULTIPROC_DIR"]
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints
 
 from inference.batcher import Batcher, QueueFull
 from inference.model_loader import CHECKPOINTS, Classifier, LoadError, workers
@@ -50,18 +52,26 @@ PAGE_POLICY = (
 )
 # 20,000 characters that JSON escapes as \ud83d\ude00 are 240,000 bytes
 MAX_BODY_BYTES = {"/predict": 256 * 1024, "/predict/batch": 1024 * 1024}
-# Of a megabyte of other JSON the parser makes so many objects that the event loop stops meanwhile.
+# Of a megabyte of numbers or empty lists the parser makes so many objects that the event loop stops
+# meanwhile.
 MAX_STRINGS, MAX_SYNTAX_BYTES = 1000, 10_000  # 64 texts are 65 strings; between them is little
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 MAX_BODY_SECONDS = 20  # from the end of the headers; uvicorn itself waits for ever
 MAX_UNREAD_BYTES = 64 * 1024 * 1024  # of all bodies that have arrived in part
+MAX_SMALL_BODY = 16 * 1024  # bytes; those who fill the memory with large ones do not stop a small
 
 logger = logging.getLogger("uvicorn.error")
 
 
 def problem_of(body: bytes) -> str | None:
     """Why this is not JSON with texts in a list, as far as that is seen faster than by parsing."""
-    if b"\0" in body:  # JSON has none; UTF-16, which Python reads as well, is full of them
+    try:
+        is_text = (
+            "\0" not in body.decode()
+        )  # JSON has none; UTF-16, which Python reads, is full of it
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
         return "expected UTF-8"
     quotes = body.count(b'"') - body.count(b'\\"')
     if quotes > 2 * MAX_STRINGS or len(STRING.sub(b"", body)) > MAX_SYNTAX_BYTES:
@@ -78,8 +88,9 @@ def fail(error) -> NoReturn:
     worker of uvicorn's that replaces one that died ends itself alone, and is replaced in turn:
     the others serve. (gunicorn ends with such a worker.)
     """
-    master = multiprocessing.parent_process()  # uvicorn's, with --workers
-    number = multiprocessing.current_process().name.rpartition("-")[2]
+    kind, _, number = multiprocessing.current_process().name.rpartition("-")
+    started_by_uvicorn = kind == "SpawnProcess" and "uvicorn" in sys.argv[0]  # with --workers
+    master = multiprocessing.parent_process() if started_by_uvicorn else None
     first = number == "1"
     with contextlib.suppress(LoadError):  # a wrong number of workers is no replacement either
         if master and number.isdigit() and 1 < workers() < int(number):
@@ -122,7 +133,8 @@ class PredictRequest(BaseModel):
 
 class BatchRequest(BaseModel):
     model_config = ConfigDict(regex_engine="python-re")
-    texts: Annotated[list[NewsText], Field(min_length=1, max_length=64)]
+    # FailFast: else 64 texts without a letter are all looked through, on the event loop
+    texts: Annotated[list[NewsText], Field(min_length=1, max_length=64), FailFast()]
 
 
 class Prediction(BaseModel):
@@ -160,19 +172,25 @@ class Service:
 
     def __init__(self):
         self.classifier, self.batcher, self.draining = None, None, False
-        self.lock = asyncio.Lock()
+        self.loading = None
 
     async def start(self) -> None:
-        """Loads the model, once. Raises LoadError."""
-        async with self.lock:
-            if self.draining or (self.batcher and not self.batcher.task.get_loop().is_closed()):
-                return
-            folder = Path(os.environ.get("CHECKPOINT_DIR") or CHECKPOINTS)
-            engine = os.environ.get("ENGINE") or "auto"
+        """Loads the model, once, even if the one who asked hangs up meanwhile. Raises LoadError."""
+        if self.draining or (self.batcher and not self.batcher.task.get_loop().is_closed()):
+            return
+        self.loading = self.loading or asyncio.create_task(self.load())
+        await asyncio.shield(self.loading)
+
+    async def load(self) -> None:
+        folder = Path(os.environ.get("CHECKPOINT_DIR") or CHECKPOINTS)
+        engine = os.environ.get("ENGINE") or "auto"
+        try:
             self.classifier = await asyncio.to_thread(Classifier, folder, engine)
-            self.batcher = Batcher(
-                self.classifier.scores, on_batch=batch_rows.observe, on_admitted=admitted_rows.set
-            )
+        finally:
+            self.loading = None
+        self.batcher = Batcher(
+            self.classifier.scores, on_batch=batch_rows.observe, on_admitted=admitted_rows.set
+        )
         info = self.classifier.info
         logger.info(
             "serving %s, trained on %s, with %s on %s",
@@ -191,7 +209,7 @@ class Service:
         classifier = self.classifier
         with self.batcher.admit(len(texts)):
             encoded = []
-            if sum(map(len, texts)) < 2000:  # a fraction of a millisecond; a thread would cost more
+            if sum(map(len, texts)) < 300:  # 0.1 to 2 ms; a thread would cost most texts more
                 encoded = list(map(classifier.encode, texts))
             while len(encoded) < len(texts):  # in pieces: a client that hangs up stops the rest
                 piece = texts[len(encoded) :][:8]
@@ -220,7 +238,8 @@ async def lifespan(app: FastAPIOffline):
         for file in Path(METRICS_FOLDER).glob("gauge_live*.db"):  # of workers that were killed
             pid = file.stem.rpartition("_")[2]
             if not Path("/proc", pid).exists():
-                multiprocess.mark_process_dead(pid)
+                with contextlib.suppress(FileNotFoundError):  # another worker was faster
+                    multiprocess.mark_process_dead(pid)
     try:
         await service.start()
     except Exception as error:
@@ -241,6 +260,7 @@ app = FastAPIOffline(
     redoc_url=None,
     redirect_slashes=False,  # behind a proxy it would redirect to http
     servers=[{"url": "."}],  # where /docs sends its requests: beside itself, behind any prefix
+    root_path_in_servers=False,  # a mount's path would come before it
     responses={s: {"model": ErrorResponse} for s in (408, 413, 415, 422, 429, 503)},
 )
 
@@ -252,7 +272,7 @@ def queue_full_response(retry_after: int) -> JSONResponse:
 
 class LoadSheddingMiddleware:
     """Refuses invalid and excess requests before anything is spent on them, drops the work of
-    clients that have hung up, and counts all requests."""
+    clients that have hung up, and counts all requests but those for permission (CORS)."""
 
     def __init__(self, app):
         self.app, self.unread_bytes = app, 0
@@ -260,8 +280,9 @@ class LoadSheddingMiddleware:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        path = path.removesuffix("\n")  # with which the router takes it, too
+        path = scope["path"].removesuffix("\n")  # with which the router takes it, too
+        below = path.removeprefix(scope.get("root_path", ""))
+        path = below if below.startswith("/") else path
         max_bytes = MAX_BODY_BYTES.get(path) if scope["method"] == "POST" else None
         if max_bytes and (refusal := self.refusal(scope, max_bytes)):
             requests.labels(path, refusal.status_code).inc()  # most of an overload ends here
@@ -349,7 +370,7 @@ class LoadSheddingMiddleware:
     def refusal(self, scope, max_bytes: int, read: int = 0) -> Response | None:
         if service.batcher and not service.batcher.has_capacity():
             return queue_full_response(service.batcher.retry_after())
-        if self.unread_bytes > MAX_UNREAD_BYTES:
+        if read > MAX_SMALL_BODY and self.unread_bytes > MAX_UNREAD_BYTES:
             return queue_full_response(1)
         headers = dict(scope["headers"])
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
@@ -458,6 +479,7 @@ async def page():
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
+@app.head("/source", include_in_schema=False)
 @app.get("/source", include_in_schema=False)
 async def source():
     """This file; or the repository, where SOURCE_URL or a Space's own variable says which."""
@@ -467,6 +489,7 @@ async def source():
     return RedirectResponse(url) if url else FileResponse(__file__, media_type="text/plain")
 
 
+@app.head("/docs", include_in_schema=False)
 @app.get("/docs", include_in_schema=False)
 async def docs():
     """Swagger UI without its usual CDN; fastapi-offline serves the files."""

@@ -183,6 +183,9 @@ def main() -> None:
             if info.sdk not in (None, "docker") or (args.private and not info.private):
                 kind = f"{info.sdk}, {'private' if info.private else 'public'}"
                 raise DeployError(f"{args.space} is another Space ({kind}); choose another name")
+            others = {file.rfilename for file in info.siblings or ()}
+            if others - {".gitattributes", "README.md"} and "inference/app.py" not in others:
+                raise DeployError(f"{args.space} holds another app; choose another name")
             commit = api.upload_folder(
                 repo_id=args.space,
                 repo_type="space",
@@ -202,6 +205,6 @@ if __name__ == "__main__":
     except (DeployError, LoadError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: cannot copy {error.filename}: {error.strerror}")
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; run the same command again")

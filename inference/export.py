@@ -140,10 +140,10 @@ def to_int8(folder: Path, choice: str | None) -> None:
     if choice is None:
         choice = "sample" if trained_on == "sample" else "auto"
     source = find_data(choice)
-    if choice == "auto" and source.name == "sample" != trained_on:
+    if choice == "auto" and source.name != trained_on:
         raise LoadError(
-            f"the model was trained on {trained_on}, which was not found ({source.why}); name its "
-            "folder with --data"
+            f"the model was trained on {trained_on}, and auto found {source.name} ({source.why}); "
+            "name its folder with --data"
         )
     data = prepare_data(source, folder / "tokenizer", exact.max_length, None, None)
     rows = calibration_rows(data.train)

@@ -4,7 +4,7 @@
 set -euo pipefail
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ ${PORT:=0} =~ ^[0-9]{1,5}$ ]] && ((10#$PORT < 65536)) ||
-  { echo "error: PORT=$PORT: expected a number from 1 to 65535" >&2; exit 1; }
+  { echo "error: PORT=$PORT: expected a number, at most 65535" >&2; exit 1; }
 command -v curl >/dev/null || { echo "error: curl is needed" >&2; exit 1; }
 free='import socket, sys
 with socket.socket() as probe:

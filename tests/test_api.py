@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from http.client import HTTPConnection
 from pathlib import Path
@@ -19,8 +20,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from ranks import ROOT, environment, run
 from server import GUNICORN, UVICORN, process, server
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.pre_tokenizers import Whitespace
 
 import inference.app
 from inference.model_loader import Classifier
@@ -143,7 +148,7 @@ def test_metrics_count_by_route_and_do_not_grow_with_what_clients_invent(http):
 
 
 def test_head_is_answered_like_get_and_no_slash_is_redirected(http):
-    for path in ("/", "/health", "/metrics"):
+    for path in ("/", "/health", "/metrics", "/docs", "/source"):
         got, head = http.get(path), http.head(path)
         assert got.status_code == head.status_code == 200 and not head.content
         assert got.headers["content-type"] == head.headers["content-type"]
@@ -188,12 +193,52 @@ def test_the_app_works_when_another_one_mounts_it(trained, monkeypatch):
                 for size in (9, 30_000, 300_000)
             ]
             health, metrics = await client.get("/health"), await client.get("/metrics")
+            assert (await client.get("/openapi.json")).json()["servers"] == [{"url": "."}]
+        below = httpx.ASGITransport(inference.app.app, root_path="/p")  # and the path without it
+        async with httpx.AsyncClient(transport=below, base_url="http://x") as client:
+            answers.append(await client.post("/predict", json={"text": "x" * 300_000}))
         inference.app.service.stop()
         return [answer.status_code for answer in (*answers, health)], metrics.text
 
     statuses, metrics = asyncio.run(go())
-    assert statuses == [200, 422, 413, 200]
+    assert statuses == [200, 422, 413, 413, 200]
     assert 'requests_total{route="/predict",status="413"} 1.0' in metrics
+
+
+def test_clients_that_give_up_do_not_start_the_model_again(trained, monkeypatch):
+    class Slow(Classifier):
+        def __init__(self, *args):
+            loads.append(args)
+            time.sleep(0.4)
+            super().__init__(*args)
+
+    loads, service = [], inference.app.Service()
+    monkeypatch.setenv("CHECKPOINT_DIR", str(trained))
+    monkeypatch.setattr(inference.app, "Classifier", Slow)
+
+    async def go():
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(service.start(), 0.1)
+        await service.start()
+        service.stop()
+
+    asyncio.run(go())
+    assert len(loads) == 1
+
+
+def test_the_tokenizer_does_not_stop_the_event_loop(trained):
+    classifier = Classifier(trained, "torch")
+    letters = Tokenizer(WordPiece({"[UNK]": 0, "q": 1, "##q": 2}, unk_token="[UNK]"))
+    letters.pre_tokenizer = Whitespace()
+    classifier.tokenizer = letters
+    text, turns = " ".join(["q" * 100] * 198), 0  # the slowest of 20,000 letters: 0.2 s
+    thread = threading.Thread(target=lambda: [classifier.encode(text) for _ in range(5)])
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 50  # 5 if Python's lock is kept meanwhile
 
 
 def test_each_request_may_have_an_event_loop_of_its_own(trained, monkeypatch):
@@ -235,6 +280,7 @@ MARK = "zqxjkvbp"  # in what is sent; never in an answer
         ("/predict", b'{"text": "' + b"x" * 1_000_000 + b'"}', 413, "body: over 256 KiB"),
         ("/predict%0A", b'{"text": "' + b"x" * 263_000 + b'"}', 413, "body: over 256 KiB"),
         ("/predict", '{"text": "\u2200"}'.encode("utf-16"), 422, "body: expected UTF-8"),
+        ("/predict", '{"text": "caf\u00e9"}'.encode("latin-1"), 422, "body: expected UTF-8"),
         ("/predict", MARK.encode(), 422, "body: JSON decode error"),
         ("/predict", b"", 422, "body: Field required"),
         ("/predict", b"\xff\xfe\x00" + MARK.encode(), 422, "body: "),
@@ -295,6 +341,19 @@ def test_the_longest_text_fits_however_it_is_escaped(http):
     body = json.dumps({"text": "goal " + "\U0001f3c6" * 19_995})
     assert len(body) > 200_000
     assert http.post("/predict", content=body, headers=JSON).status_code == 200
+
+
+def test_the_first_bad_text_of_a_batch_ends_its_validation():
+    with pytest.raises(ValidationError) as caught:  # 64 texts of 16,000 points took 0.1 s
+        inference.app.BatchRequest.model_validate({"texts": ["." * 16_000] * 64})
+    assert caught.value.error_count() == 1
+
+
+def test_large_bodies_that_fill_the_memory_do_not_stop_small_ones():
+    middleware = inference.app.LoadSheddingMiddleware(None)
+    middleware.unread_bytes = inference.app.MAX_UNREAD_BYTES + 1
+    sizes = {size: middleware.refusal({"headers": []}, 2**18, size) for size in (9_000, 90_000)}
+    assert sizes[9_000] is None and sizes[90_000].status_code == 429
 
 
 def test_a_refusal_after_the_whole_body_comes_at_once(http):
@@ -509,6 +568,19 @@ def test_what_cannot_be_served_ends_with_one_line(trained, workers, variable, va
     errors = [line for line in done.stderr.splitlines() if not line.startswith("INFO: ")]
     assert done.returncode != 0
     assert len(errors) == 1 and errors[0].startswith("error: ") and says in errors[0]
+
+
+def test_a_program_that_starts_the_server_in_a_process_survives_its_failure(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import multiprocessing, uvicorn\n"
+        "def serve():\n    uvicorn.run('inference.app:app', port=0)\n"
+        "if __name__ == '__main__':\n"
+        "    server = multiprocessing.get_context('spawn').Process(target=serve)\n"
+        "    server.start()\n    server.join()\n    print('status', server.exitcode)\n"
+    )
+    done = run([sys.executable, script], tmp_path, CHECKPOINT_DIR="/nowhere")
+    assert done.returncode == 0 and done.stdout.endswith("status 3\n"), done.stderr
 
 
 @pytest.mark.parametrize(

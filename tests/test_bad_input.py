@@ -16,6 +16,7 @@ from ranks import ROOT, run
 import checkpoint
 import errors
 import model
+import run_record
 import utils
 from inference.model_loader import Classifier, LoadError
 
@@ -52,6 +53,7 @@ def one_line(caught):
         (["--seed", str(2**64)], "below 2^63"),
         (["--epochs", "1", "--no-such-flag"], "--no-such-flag; --help lists all flags"),
         (["--epochs", "two"], "invalid int value"),
+        (["--fres"], "--fres; --help lists all flags"),
         (["--precision", "fp16"], "needs a GPU"),
     ],
 )
@@ -109,6 +111,26 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
     with pytest.raises(utils.UsageError, match="NPROC_PER_NODE=2"):
         utils.choose_device("auto")
+
+
+def test_no_shell_expands_the_home_of_a_flag_s_value(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["", "--checkpoint-dir=~/c", "--data=~/news", "--epochs=3"])
+    args = train_single.parse_args()
+    utils.check_flags(args)
+    assert args.checkpoint_dir == Path("/home/me/c") and args.data == "/home/me/news"
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, capsys):
+    class Writer:
+        def add_scalar(self, *args):
+            raise OSError(28, "No space left on device")
+
+    tensorboard = run_record.TensorBoard(None, 0)
+    tensorboard.writer = Writer()
+    for step in range(2):
+        tensorboard.write("train", {"loss": 1.0}, step)
+    assert capsys.readouterr().out.count("No space left on device") == 1
 
 
 def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):

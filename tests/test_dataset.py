@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 
 import ag_news
@@ -133,6 +134,18 @@ def test_a_folder_may_be_laid_out_as_the_hub_does(tmp_path):
         ag_news.read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "0000.parquet"])
+def test_a_folder_of_each_split_is_read(tmp_path, name):
+    """As save_to_disk of `datasets` writes it, and the Hub's branch refs/convert/parquet."""
+    for split in ("train", "test"):
+        path = write_parquet(tmp_path / split / name, TABLE, list(LABELS))
+        if path.suffix == ".arrow":
+            table = pyarrow.parquet.ParquetFile(path).read()
+            with pyarrow.ipc.new_stream(path, table.schema) as file:
+                file.write_table(table)
+    assert [rows(split) for split in ag_news.read_folder(tmp_path)] == [ROWS, ROWS]
+
+
 def test_csv_is_taken_where_parquet_lies_beside_it(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.csv", form("kaggle"))
@@ -207,6 +220,9 @@ def test_unreadable_files_are_one_line(tmp_path):
     refused(tmp_path / "latin.csv", "line 50002, byte 200014: not UTF-8")
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
     refused(tmp_path / "train.parquet", "")
+    for name in ("train.csv", "train.parquet", "train.csv.gz"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+        refused(tmp_path / name, "git lfs pull")
     cut = write(tmp_path / "train.csv.gz", form("kaggle"))
     cut.write_bytes(cut.read_bytes()[:-20])
     refused(cut, "")
@@ -354,7 +370,7 @@ def test_a_tokenizer_that_is_missing_corrupted_or_another_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "words, says", [(40, "has 40 tokens, the weights have 65"), (0, "cannot be used")]
+    "words, says", [(62, "has 62 tokens, the weights have 65"), (0, "cannot be used")]
 )
 def test_a_vocabulary_that_was_cut_short_is_refused(tmp_path, tiny_backbone, words, says):
     folder = shutil.copytree(tiny_backbone, tmp_path / "backbone")
@@ -366,6 +382,21 @@ def test_a_vocabulary_that_was_cut_short_is_refused(tmp_path, tiny_backbone, wor
     with pytest.raises(DataError, match=says) as caught:
         dataset.tokenize(["the bank"], folder, 128)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("cased", [True, False])
+def test_a_cased_vocabulary_keeps_case_without_a_tokenizer_config(tmp_path, file, cased):
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the bank".split() + ["The", "Bank"] * cased
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    if file == "tokenizer.json":
+        tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=not cased)
+        tokenizer.backend_tokenizer.save(str(tmp_path / file))
+        (tmp_path / "vocab.txt").unlink()
+    tokenizer = dataset.load_tokenizer(tmp_path)
+    found = tokenizer.convert_ids_to_tokens(tokenizer("The bank").input_ids)[1:3]
+    assert found == (["The", "bank"] if cased else ["the", "bank"])
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_a_model_that_could_not_be_served_is_not_uploaded(checkpoints, hub, file
         ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "run the same command again"),
         ({}, {"name": "news"}, "expected OWNER/NAME"),
         ({"space": {"sdk": "gradio", "private": False}}, {}, "is another Space (gradio"),
+        ({"space": {"siblings": [{"rfilename": "main.py"}]}}, {}, "holds another app"),
         ({"stages": [("BUILD_ERROR", COMMIT)]}, {}, "stopped at BUILD_ERROR; its logs: http"),
         ({"stages": [("BUILDING", COMMIT)]}, {}, "still in stage 'BUILDING'"),
         ({"app_statuses": [503] * 99}, {}, "serves nothing (HTTP Error 503"),

@@ -246,10 +246,12 @@ def test_text_files_are_utf_8_in_every_locale(exported):
     assert len(answers) == 1 and "Business" in answers.pop()
 
 
-def test_int8_is_not_judged_by_the_sample_unless_told_so(copy, tmp_path):
+@pytest.mark.parametrize("found", ["sample", "folder"])
+def test_int8_is_not_judged_by_other_data_unless_told_so(copy, news_folder, tmp_path, found):
     command = [sys.executable, ROOT / "inference" / "export.py", "--to", "int8"]
     command += ["--checkpoint-dir", copy]
-    done = run(command, tmp_path, HF_HUB_OFFLINE="1", AG_NEWS_DIR="")
+    other = shutil.copytree(news_folder, tmp_path / "other") if found == "folder" else ""
+    done = run(command, tmp_path, HF_HUB_OFFLINE="1", AG_NEWS_DIR=str(other))
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "trained on folder news" in done.stderr and "--data" in done.stderr
 
@@ -265,6 +267,23 @@ def test_a_running_model_does_not_change_with_its_file(copy, size):
         file.write(zeros if size is None else b"")
     assert classifier.predict(texts)[0]["label"] == before[0]["label"]
     assert classifier.predict(texts[:1]) == before
+
+
+def test_a_model_whose_files_change_while_they_are_read_is_refused(copy, monkeypatch):
+    engine = model_loader.load_engine(copy, "torch")
+
+    def load(*args):
+        (copy / "distilbert_agnews.pt").touch()  # a run that saves
+        return engine
+
+    monkeypatch.setattr(model_loader, "load_engine", load)
+    with pytest.raises(LoadError, match="changed while"):
+        Classifier(copy)
+
+
+def test_bytes_on_the_command_line_that_are_no_text_are_replaced(trained):
+    command = [sys.executable, "-m", "inference.model_loader", "bank \udcff"]
+    assert "Business" in run(command, ROOT, CHECKPOINT_DIR=str(trained)).stdout
 
 
 def test_an_unreadable_checkpoint_is_one_line(copy, monkeypatch):
@@ -306,6 +325,7 @@ def test_without_a_checkpoint_export_is_one_line(tmp_path):
         (["gunicorn", "-w", "4", "a:b"], {"GUNICORN_CMD_ARGS": "-w 2"}, 2),
         (["uvicorn", "inference.app:app", "--workers", "2"], {"OMP_NUM_THREADS": "3"}, 3),
         (["uvicorn"], {"THREADS": "5", "OMP_NUM_THREADS": "3"}, 5),
+        (["uvicorn"], {"OMP_NUM_THREADS": " 3,1"}, 3),
         (["pytest", "-w", "2"], {}, 8),
     ],
 )

@@ -13,7 +13,7 @@ import errors
     "fault, last",
     [
         ("exception", "KeyError: 'a bug on one rank'"),
-        ("nan", "error: grad_norm is nan at step 3; use a lower --lr"),
+        ("nan", "error: grad_norm is nan at step 3; start over with a lower --lr"),
         ("memory", "error: out of memory; use a smaller --micro-batch-size"),
         ("hang at start", "error: the first all-reduce did not end within 10 s; on GPUs try NCCL_"),
         pytest.param(
@@ -76,6 +76,19 @@ def check_last_line(tiny_backbone, news_folder, tmp_path, fault, last, seconds=8
 def test_an_error_of_nccl_is_told_apart_from_a_process_that_is_gone(text, line, caused_elsewhere):
     said, elsewhere = errors.explain(torch.distributed.DistBackendError(text), ())
     assert said.startswith(line) and elsewhere == caused_elsewhere
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", "out of memory; use"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`", "out of memory; use"),
+        ("CUDA error: no kernel image is available for execution on the device", "this torch has"),
+    ],
+)
+def test_what_a_gpu_lacks_is_one_line(text, line):
+    said, elsewhere = errors.explain(torch.AcceleratorError(text), ())
+    assert said.startswith(line) and not elsewhere
 
 
 def test_a_store_that_nobody_fills_is_another_rank_that_is_missing():

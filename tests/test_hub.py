@@ -1,10 +1,14 @@
 """The real loading code against a Hub on loopback, and without one: pytest tests/test_hub.py"""
 
 import json
+import os
 import shutil
 import socket
+import ssl
 import sys
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pyarrow
@@ -71,6 +75,15 @@ def test_model_and_data_come_from_the_hub_and_later_from_the_cache(hub_folder, t
     again = load("auto", tmp_path, hub.url)  # nobody answers there any more
     for answer in (first, again):
         assert {name: answer[name] for name in expected} == expected
+
+
+def test_a_hub_whose_certificate_python_cannot_check_is_left_to_the_hubs_client(monkeypatch):
+    def ask(*args, **kwargs):
+        raise urllib.error.URLError(ssl.SSLCertVerificationError("unable to get local issuer"))
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(urllib.request, "urlopen", ask)
+    assert machine.set_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "0"
 
 
 @pytest.mark.parametrize("kind", ["another protocol", "no host name"])

@@ -187,6 +187,7 @@ def test_a_folder_loads_as_in_transformers(kind, form, tiny_backbone, batch, tmp
     shutil.copy(tiny_backbone / "tokenizer.json", tmp_path)
     FORMS[form](original, tmp_path, kind)
     loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    edit_config(tmp_path, n_heads=4.0)  # as some tools write 4
     ours = load_backbone(tmp_path).eval()
     input_ids, mask = batch
     with torch.inference_mode():
@@ -252,6 +253,7 @@ BROKEN = {  # what is wrong -> (how it is made, a word that the message must hol
     "dropout": (lambda f: edit_config(f, dropout=1.0), "dropout is 1.0"),
     "layers": (lambda f: edit_config(f, n_layers=1), "config.json"),
     "type": (lambda f: edit_config(f, dim="wide"), "dim is 'wide'"),
+    "fraction": (lambda f: edit_config(f, n_layers=2.5), "n_layers is 2.5"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),

@@ -228,7 +228,7 @@ def test_why_this_label_colours_the_words_that_carry_it(server, page):
     coloured = [word.text for word in page.all("#words span") if word.get_attribute("style")]
     assert coloured == [word for word in words if falls[word] >= 0.01] and coloured
     said = page.one("#why .quiet").text
-    assert f"Without “{max(falls, key=falls.get)}” it falls" in said
+    assert f"Without “\u2068{max(falls, key=falls.get)}\u2069” it falls" in said
 
 
 def test_what_cannot_be_answered_is_said_in_words(server, page):
@@ -256,15 +256,21 @@ def test_what_cannot_be_answered_is_said_in_words(server, page):
 def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, page):
     FakeApi.answers["/some/prefix/predict"][:0] = [
         (429, {"Retry-After": "7"}, {"detail": "the queue is full"}),
-        (502, {}, "<h1>Bad gateway</h1>"),
+        (500, {}, {"detail": "odd"}),
         (422, {}, {"detail": ATTACK}),
         (503, {"Retry-After": "1"}, {"detail": "draining"}),
+        (502, {}, "<h1>Bad gateway</h1>"),
     ]
     page.open(fake_api)
     page.says("#model", "87.6 %")
     assert "answers are a demonstration" in page.one("#model").text  # a model of the sample
-    for says in ("Try again in 7 seconds", "(502)", ATTACK, "not sure: no section reaches 60 %"):
-        page.ask("anything")  # what is refused with 503 is asked again
+    for says in (
+        "Try again in 7 s.",
+        "server failed (odd)",
+        ATTACK,
+        "not sure: no section reaches 60 %",
+    ):
+        page.ask("anything")  # what is refused with 502 or 503 is asked again
         page.says("#answer", says)
     assert {name: written for name, (written, _) in page.bars().items()} == {
         name: 100 * score for name, score in UNSURE["scores"].items()

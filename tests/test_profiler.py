@@ -100,7 +100,7 @@ def test_what_lies_outside_of_computation():
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--max-steps", 12], "--profile records 3 steps after 10, and 12 are left in this run"),
+        (["--max-steps", 12], "--profile records 3 steps after 10, and this run has 12"),
         (["--profile", "/dev/null/x"], "cannot write to /dev/null/x: Not a directory"),
     ],
 )
@@ -111,3 +111,17 @@ def test_what_cannot_be_profiled_is_one_line(tiny_backbone, news_folder, tmp_pat
     ranks = run_ranks(2, flags(tiny_backbone, news_folder, tmp_path, "--fresh", *more), tmp_path)
     assert all(rank.status for rank in ranks) and unfinished.exists()
     assert said in ranks[0].stderr and "Traceback" not in ranks[0].stderr
+
+
+def test_a_run_that_resumes_near_its_end_goes_on_without_a_trace(tmp_path, capsys):
+    profiler.start(tmp_path / "traces", None, 12)
+    assert capsys.readouterr().out.startswith("no trace: 12 steps are left")
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    class Profile:
+        def export_chrome_trace(self, path):
+            open(path, "w").write('{"traceEvents": [')  # a full disk
+
+    profiler.write_trace(tmp_path / "rank0.json", Profile())
+    assert capsys.readouterr().out.startswith("warning: cannot write ")

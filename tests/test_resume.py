@@ -105,7 +105,9 @@ def test_a_run_restarted_after_its_last_save_does_not_train_again(
     tiny_backbone, news_folder, tmp_path
 ):
     run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 3)
-    train(2, run, tmp_path)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "distilbert_agnews.pt").write_bytes(b"an older, corrupted model")
+    train(2, run, tmp_path, TORCHELASTIC_RESTART_COUNT="1")  # the first try saved nothing
     before = (tmp_path / "c" / "distilbert_agnews.pt").read_bytes()
     ranks = run_ranks(
         2, [ROOT / "training" / "train_ddp.py", *run], tmp_path, TORCHELASTIC_RESTART_COUNT="1"
@@ -188,6 +190,24 @@ def test_a_failure_says_how_to_resume(monkeypatch, more, without):
     monkeypatch.setattr(sys, "argv", ["train_ddp.py", *more])
     line, _ = errors.explain(RuntimeError("gloo: Connection closed by peer"), ())
     assert line.endswith(f"; the same command{without} resumes from the last save")
+
+
+def test_a_stream_that_breaks_leaves_the_other_in_use():
+    """stdout is a pipe that nobody reads, as after `| head`, and stderr a terminal."""
+    code = "import errors; errors.print0('said'); errors.print0('and said')"
+    terminal, stderr = os.openpty()
+    unread, stdout = os.pipe()
+    os.close(unread)
+    env = environment(PYTHONPATH=str(ROOT / "training"))
+    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=stdout, stderr=stderr)
+    assert done.returncode == 0 and os.read(terminal, 1000) == b"said\r\nand said\r\n"
+
+
+def test_a_tokenizer_folder_may_hold_a_folder(tiny_backbone, tmp_path):
+    (tmp_path / "tokenizer" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("another")
+    assert checkpoint.save_tokenizer(tiny_backbone, tmp_path / "tokenizer")[1]
+    assert (tmp_path / "tokenizer.previous" / "tokenizer.json").read_text() == "another"
 
 
 def test_the_model_is_saved_when_nobody_reads_the_output(tiny_backbone, news_folder, tmp_path):

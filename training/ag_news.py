@@ -24,7 +24,7 @@ KAGGLE_LARGEST = 1_000_000_000  # bytes; AG News has 30 million, larger files ar
 SAMPLE = Path(__file__).parent / "sample_data"
 # in order of preference
 FORMATS = ".csv .csv.gz .tsv .tsv.gz .jsonl .jsonl.gz .json .json.gz .parquet".split()
-# the columns that are used, the label first: the lowest label
+# the columns that are used, the label first -> the lowest label
 FORMS = {("label", "text"): 0, ("class index", "title", "description"): 1}
 SAMPLE_NOTE = """
 +--------------------------------------------------------------------------+
@@ -181,6 +181,9 @@ def read_examples(path: Path) -> Examples:
     readers = {"json": json_rows, "jsonl": json_rows, "parquet": table_rows, "arrow": table_rows}
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     try:
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError("a Git LFS pointer; git lfs pull gets the data")
         return parse_rows(readers.get(kind, csv_rows)(path))
     except Exception as error:  # zlib and pyarrow raise many kinds for a corrupted file
         raise SourceError(f"{path}: {first_line(error)}") from None
@@ -191,6 +194,8 @@ def read_split(folder: Path, split: str) -> Examples:
     shards = f"{split}-[0-9]*-of-[0-9]*.parquet"
     patterns = [*(split + suffix for suffix in FORMATS), shards, f"data/{shards}"]
     patterns += [f"*-{split}.arrow", f"*-{split}-[0-9]*-of-[0-9]*.arrow"]  # the cache of `datasets`
+    patterns += [f"{split}/data-[0-9]*-of-[0-9]*.arrow"]  # its save_to_disk
+    patterns += [f"{split}/[0-9]*.parquet"]  # the Hub's branch refs/convert/parquet
     files = next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
     if not files:
         raise SourceError(

@@ -11,7 +11,6 @@ import platform
 import shlex
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -109,7 +108,7 @@ def load_checkpoint(path: Path, keys: Iterable[str]) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}; train one first") from None
-    except PermissionError as error:
+    except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # many kinds: not a zip file, a pickle that wants to run code
         state = None
@@ -175,7 +174,7 @@ def release_folder(folder: Path) -> None:
 def copy_files(source: Path, folder: Path) -> None:
     """Without modes and times: `folder` may be a link or a mount, its files another user's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
+    for file in filter(Path.is_file, source.iterdir()):
         temporary = temporary_path(folder / file.name)
         try:
             shutil.copyfile(file, temporary)
@@ -186,12 +185,12 @@ def copy_files(source: Path, folder: Path) -> None:
 
 def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
     """(SHA-256 of its tokenizer.json, whether another one was there: it is kept as *.previous)."""
-    from transformers import AutoTokenizer  # here: it takes seconds, and others wait for none
+    from dataset import load_tokenizer
 
     temporary, name = temporary_path(folder), "tokenizer.json"
     previous = folder.with_name(f"{folder.name}.previous")
     try:
-        AutoTokenizer.from_pretrained(backbone).save_pretrained(temporary)
+        load_tokenizer(backbone).save_pretrained(temporary)
         new = (temporary / name).read_bytes()
         changed = (folder / name).exists() and (folder / name).read_bytes() != new
         if changed:
@@ -290,7 +289,8 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
             return None
         if not previous.exists() or (path.exists() and not os.access(path, os.R_OK)):
             raise
-        print(f"warning: {error}; resuming from the save before it, {previous}", flush=True)
+        problem = error if path.exists() else f"{path} is gone"
+        print(f"warning: {problem}; resuming from the save before it, {previous}", flush=True)
         state = load_checkpoint(previous, LAST_KEYS)
         # else the next save would keep the corrupted one as `previous`
         if path.exists():
@@ -302,9 +302,11 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
     changed = [n for n in recipe if n != "--precision" and saved.get(n) != recipe[n]]
     if changed:
         changes = ", ".join(f"{n} (was {saved.get(n)}, now {recipe[n]})" for n in changed)
+        sources = {"--model", "the data or --max-*-samples"} & {*changed}
+        hint = " (what auto finds can change: name the model and the data then)" * bool(sources)
         raise CheckpointError(
             f"{path} is an unfinished run with another recipe: {changes}; finish that run with its "
-            "own flags, or start over with --fresh"
+            f"own flags{hint}, or start over with --fresh"
         )
     return state
 
@@ -336,15 +338,18 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
             change = f", in {now} instead of {before}" if now != before else ""
             print(f"resuming from {folder / LAST} at step {state['step']}{change}", flush=True)
         elif restarted and (folder / MODEL).exists():  # perhaps killed after its last save
-            provenance = load_checkpoint(folder / MODEL, ("provenance",))["provenance"]
-            finished = provenance["launcher"] == launcher_id()
+            with suppress(CheckpointError):  # an older model, which this run will replace
+                provenance = load_checkpoint(folder / MODEL, ("provenance",))["provenance"]
+                finished = provenance.get("launcher") == launcher_id()
     if distributed:
         from_rank_0 = [state, finished]
         dist.broadcast_object_list(from_rank_0, device=torch.device("cpu"))
         state, finished = from_rank_0
     if finished:
+        if dist.get_rank() == 0:
+            release_folder(folder)
         dist.all_reduce(torch.zeros(1))  # a barrier on the CPU
-        sys.exit(0)  # nothing is left to do
+        os._exit(0)  # nothing is left to do; an orderly exit can hang
     if state is None:
         return 0, {"epochs": [], "curve": [], "resumed_at": []}, torch.zeros(4, dtype=torch.float64)
     for name, part in trainer_state.items():

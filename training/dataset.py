@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 VALIDATION = 0.05  # of train, from every class alike
 WINDOW = 50  # steps whose rows are sorted by length together
 MOST_UNKNOWN = 0.1  # share of all tokens; a cased tokenizer on an uncased vocabulary has 0.2
+MANY_CAPITALS = 0.01  # share of the tokens that begin with one; an uncased vocabulary has none
 LOCK_TIMEOUT = 600  # seconds to wait while another process tokenises
 
 
@@ -71,8 +72,15 @@ def load_tokenizer(folder: Path):
             f"{folder} has no tokenizer.json or vocab.txt; add the tokenizer that the weights were "
             "trained with"
         )
+    config = folder / "tokenizer_config.json"
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        told = config.exists() and "do_lower_case" in config.read_text(encoding="utf-8")
+        capitals = sum(token[:1].isupper() for token in tokenizer.get_vocab())
+        if not told and capitals > MANY_CAPITALS * len(tokenizer):
+            # transformers would lower-case all texts, whatever tokenizer.json says
+            tokenizer = AutoTokenizer.from_pretrained(folder, do_lower_case=False)
+        return tokenizer
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DataError(
             f"the tokenizer in {folder} cannot be read ({first_line(error)}); copy its files again"
@@ -82,11 +90,10 @@ def load_tokenizer(folder: Path):
 def tokenize(texts: list[str], folder: Path, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """All texts in one batched call -> (ids of all rows end to end, where each row ends)."""
     tokenizer = load_tokenizer(folder)
-    with suppress(
-        OSError, ValueError, KeyError, TypeError
-    ):  # a checkpoint's tokenizer has none beside it
+    # a checkpoint's tokenizer has no config.json beside it
+    with suppress(OSError, ValueError, KeyError, TypeError):
         expected = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        if len(tokenizer) < 0.9 * expected:
+        if len(tokenizer) < 0.99 * expected:  # some weights are padded by a few rows
             raise DataError(
                 f"the tokenizer in {folder} has {len(tokenizer):,} tokens, the weights have "
                 f"{expected:,}; copy its files again"
@@ -125,7 +132,8 @@ def cached_tokens(texts: list[str], folder: Path, max_length: int) -> tuple[np.n
     """
     from huggingface_hub.constants import HF_HOME
 
-    key = hashlib.sha256(json.dumps([max_length, version("tokenizers"), texts]).encode())
+    versions = [version("tokenizers"), version("transformers")]
+    key = hashlib.sha256(json.dumps([max_length, versions, texts]).encode())
     names = "tokenizer.json vocab.txt tokenizer_config.json special_tokens_map.json config.json"
     for name in (*names.split(), "added_tokens.json"):
         if (folder / name).is_file():

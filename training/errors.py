@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 received_signals: list[int] = []  # see note_stop_signals
 
 
-def discard_output() -> None:
-    """The terminal was closed, or Ctrl-C also ended `| tee log`: the run goes on without them."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+def discard_output(stream: int) -> None:
+    """Stream 1 or 2 is broken: the terminal was closed, or Ctrl-C also ended `| tee log`. The run
+    goes on, and what was for stdout goes to the terminal if stderr still does."""
+    os.dup2(2 if stream == 1 and os.isatty(2) else os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class ProgressBar(tqdm):
@@ -39,17 +38,19 @@ class ProgressBar(tqdm):
         try:
             return super().display(*args, **kwargs)
         except OSError:
-            discard_output()
+            discard_output(2)
 
 
 def print0(text: str) -> None:
     """print() on rank 0 alone, above the progress bar."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    for _ in range(2):  # again, to where discard_output leads
         try:
             with tqdm.external_write_mode():
-                print(text, flush=True)
+                return print(text, flush=True)
         except OSError:
-            discard_output()
+            discard_output(1)
 
 
 def same_command_resumes() -> str:
@@ -72,10 +73,13 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
     text = str(error)
     if isinstance(error, kinds):
         return text, False
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    no_memory = re.search("can't allocate memory|CUDA error: out of memory|ALLOC_FAILED", text)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or no_memory:
         return "out of memory; use a smaller --micro-batch-size", False
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
         return f"{error.filename or 'writing a file'}: {error.strerror}", False
+    if "no kernel image is available" in text:
+        return "this torch has no code for this GPU; see https://pytorch.org/get-started", False
     if "Unable to find address for: " in text:  # gloo on a host without this interface
         name = text.split("Unable to find address for: ")[1].split()[0]
         return f"GLOO_SOCKET_IFNAME={name}: this host has no such interface; see: ip address", False
@@ -120,7 +124,8 @@ def one_line_errors(*kinds: type[Exception]):
             os._exit(1)  # another rank has told the cause, and the run has ended
         with tqdm.external_write_mode():  # removes the progress bar, which must not come back
             text = f"error: {line}" if line else "".join(traceback.format_exception(error))
-            print(text.rstrip(), file=sys.stderr, flush=True)
+            with suppress(OSError):  # the terminal was closed
+                print(text.rstrip(), file=sys.stderr, flush=True)
             if isinstance(error, kinds) and "LAUNCHER_PID" in os.environ:
                 # a restart would meet the same error: torchrun.py ends all ranks at this signal
                 os.kill(launcher, signal.SIGUSR2)
@@ -166,10 +171,12 @@ def note_stop_signals() -> list[int]:
             if not dist.is_initialized() or dist.get_rank() == 0:
                 name = signal.Signals(number).name
                 text = f"\n{name}: saving soon (Ctrl-C again: end without saving)\n"
-                try:
-                    os.write(1, text.encode())  # print() may itself have been interrupted
-                except OSError:
-                    discard_output()
+                for _ in range(2):
+                    try:
+                        os.write(1, text.encode())  # print() may itself have been interrupted
+                        break
+                    except OSError:
+                        discard_output(1)
         # torchrun passes a second Ctrl-C on as SIGTERM, and at its death the kernel sends SIGINT.
         # Within a second it is the same event: the kernel, and Slurm, can send it twice.
         elif signal.SIGINT in (received_signals[0], number) and time.monotonic() - first_at > 1:

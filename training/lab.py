@@ -14,6 +14,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all processes withou
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -132,7 +133,9 @@ def not_atomic(rank: int, broken: bool) -> dict:
             pass  # not written yet
         except Exception:  # half a file fails in many ways
             failed += 1
-    return {"reads that failed while rank 0 wrote 30 times": sum(both(failed))}
+    failed = sum(both(failed))
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"reads that failed while rank 0 wrote 30 times": failed}
 
 
 def padded_evaluation(rank: int, broken: bool) -> dict:

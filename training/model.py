@@ -272,8 +272,10 @@ def read_config(shape: dict) -> Config:
             raise ModelError(f"{key} is {shape[key]!r}, only {values[0]!r} is implemented")
     fields = (Config.__dataclass_fields__.keys() - {"num_labels"}) & shape.keys()
     for field in fields:
-        if type(shape[field]) not in (int, float):
-            raise ModelError(f"{field} is {shape[field]!r}, expected a number")
+        value, number = shape[field], Config.__annotations__[field]
+        if type(value) not in (int, float) or number(value) != value:
+            raise ModelError(f"{field} is {value!r}, expected {number.__name__}")
+        shape[field] = number(value)  # some tools write 12.0 for 12
     config = Config(**{field: shape[field] for field in fields})
     for name in ("dropout", "attention_dropout", "seq_classif_dropout"):
         if not 0 <= getattr(config, name) <= 0.99:

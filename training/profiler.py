@@ -35,8 +35,8 @@ COLLECTIVE = r"gloo:(\w+)|ncclDevKernel_([A-Za-z]+)"
 def check_steps(folder: Path | None, steps: int) -> None:
     if folder and steps < WAIT + STEPS:
         raise UsageError(
-            f"--profile records {STEPS} steps after {WAIT}, and {steps} are left in this run; "
-            "use more --epochs or --max-steps, or --fresh"
+            f"--profile records {STEPS} steps after {WAIT}, and this run has {steps}; use more "
+            "--epochs or --max-steps"
         )
 
 
@@ -47,7 +47,8 @@ def start(folder: Path | None, optimizer: torch.optim.Optimizer, steps: int) -> 
     """
     if folder is None:
         return
-    check_steps(folder, steps)
+    if steps < WAIT + STEPS:  # of a run that resumes
+        return print0(f"no trace: {steps} steps are left, and {WAIT + STEPS} are needed")
     path = folder / f"rank{dist.get_rank()}.json"
     folder.mkdir(parents=True, exist_ok=True)  # on hosts other than rank 0's
     profile = torch.profiler.profile(
@@ -61,10 +62,13 @@ def start(folder: Path | None, optimizer: torch.optim.Optimizer, steps: int) -> 
 
 
 def write_trace(path: Path, profile: torch.profiler.profile) -> None:
-    profile.export_chrome_trace(str(path))
-    trace = json.loads(path.read_text())
-    trace["traceEvents"] += named_ranges(trace["traceEvents"], dist.get_rank())
-    path.write_text(json.dumps(trace))
+    try:
+        profile.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())
+        trace["traceEvents"] += named_ranges(trace["traceEvents"], dist.get_rank())
+        path.write_text(json.dumps(trace))
+    except (OSError, RuntimeError, ValueError) as error:  # a full disk, which torch may not report
+        return print0(f"warning: cannot write {path}: {error}")
     print0(f"wrote {path.parent}/rank*.json: open one at https://ui.perfetto.dev")
 
 

@@ -76,16 +76,28 @@ per forward x {processes} x {record["grad_accum_steps"]} per step; {left_out} ro
     return record
 
 
-def tensorboard_writer(folder: Path | None):
-    """A SummaryWriter, or None without --tensorboard."""
-    if folder is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
+class TensorBoard:
+    """Writes curves to `folder`, if there is one, until its disk is full. That ends no run."""
 
-    return SummaryWriter(str(folder))
+    def __init__(self, folder: Path | None, step: int):
+        self.writer = None
+        if folder:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # steps that a killed run did after its last save are drawn once
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, group: str, values: dict, step: int) -> None:
+        try:
+            for name, value in values.items() if self.writer else ():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+                self.writer.flush()
+        except OSError as error:
+            print0(f"warning: cannot write to --tensorboard any more: {error.strerror}")
+            self.writer = None
 
 
-def log_point(history: dict, writer, total_steps: int, scaler, point: dict) -> None:
+def log_point(history: dict, tensorboard, total_steps: int, scaler, point: dict) -> None:
     """Adds a point to the curve where one is due, and to TensorBoard.
 
     Raises UsageError where the loss or the gradient is not finite, so that such a state is never
@@ -96,19 +108,18 @@ def log_point(history: dict, writer, total_steps: int, scaler, point: dict) -> N
     for name in ("loss", "grad_norm"):
         if point[name] is not None and not math.isfinite(point[name]):
             raise UsageError(
-                f"{name} is {point[name]} at step {point['step']}; use a lower --lr. last.pt, if "
-                "there is one, holds the last finite state"
+                f"{name} is {point[name]} at step {point['step']}; start over with a lower --lr "
+                "and --fresh. last.pt, if there is one, holds the last finite state"
             )
     curve, every = history["curve"], -(-total_steps // (CURVE_POINTS - 1))  # and the last
     if not curve or point["step"] - curve[-1]["step"] >= every or point["step"] == total_steps:
         curve.append(point)
-    if writer:
-        for name in point.keys() - {"step"}:
-            value = math.nan if point[name] is None else point[name]
-            writer.add_scalar(f"train/{name}", value, point["step"])
+    values = {name: math.nan if value is None else value for name, value in point.items()}
+    step = values.pop("step")
+    tensorboard.write("train", values, step)
 
 
-def log_epoch(history: dict, writer, step: int, epoch_sums: Tensor, val: tuple) -> None:
+def log_epoch(history: dict, tensorboard, step: int, epoch_sums: Tensor, val: tuple) -> None:
     """Adds an epoch's figures; rank 0 prints them. `val` is (loss, accuracy)."""
     loss_sum, correct, rows, seconds = epoch_sums.tolist()
     epoch = {
@@ -126,10 +137,7 @@ def log_epoch(history: dict, writer, step: int, epoch_sums: Tensor, val: tuple) 
         f"{epoch['train_accuracy']:.4f}; validation loss {val[0]:.4f}, accuracy {val[1]:.4f}; "
         f"{seconds:.1f} s"
     )
-    if writer:
-        writer.add_scalar("val/loss", val[0], step)
-        writer.add_scalar("val/accuracy", val[1], step)
-        writer.flush()
+    tensorboard.write("val", {"loss": val[0], "accuracy": val[1]}, step)
 
 
 def finish_record(record: dict, history: dict, test: tuple, device, report: Path | None) -> None:

@@ -101,7 +101,7 @@ def main() -> None:
     step, history, epoch_sums = checkpoint.resume(args, recipe, trainer_state)
 
     model = raw_model
-    writer = run_record.tensorboard_writer(args.tensorboard) if master_process else None
+    tensorboard = run_record.TensorBoard(args.tensorboard if master_process else None, step)
     progress = errors.ProgressBar(total_steps, step, show=master_process)
     log_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
     running = torch.zeros(2, device=device)  # sums of loss and correct rows since the last log
@@ -142,7 +142,7 @@ def main() -> None:
             point = {"loss": loss_sum / rows, "lr": lr, "samples_per_second": rows / seconds}
             progress.set_postfix(point, refresh=False)
             point |= {"step": step, "grad_norm": grad_norm.item()}
-            run_record.log_point(history, writer, total_steps, scaler, point)
+            run_record.log_point(history, tensorboard, total_steps, scaler, point)
             if master_process and (saving or stop):
                 checkpoint.save_last(args, recipe, trainer_state, step, history, epoch_sums)
             if stop:
@@ -150,7 +150,7 @@ def main() -> None:
             rows, t0 = 0, time.perf_counter()
 
         val = utils.evaluate(raw_model, val_loader, device, autocast)
-        run_record.log_epoch(history, writer, step, epoch_sums, val)
+        run_record.log_epoch(history, tensorboard, step, epoch_sums, val)
         epoch_sums.zero_()
     progress.close()
 

@@ -70,7 +70,7 @@ def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict) -> None:
 def cleanup_distributed() -> None:
     """Ends the process group once all ranks have come here, rank 0 with everything saved."""
     all_reduce_sum([0.0])  # a barrier on the CPU
-    time.sleep(0.3)  # without it exits were seen to hang: gloo's threads still release tensors
+    time.sleep(0.3)  # without it orderly exits were seen to hang: gloo's threads release tensors
     dist.destroy_process_group()
 
 
@@ -131,7 +131,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # --fres would be --fresh to argparse alone
         )
 
     def error(self, message: str) -> None:
@@ -145,6 +147,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for a flag whose value makes no sense."""
     for name, value in vars(args).items():
+        if isinstance(value, str | Path):  # no shell expands --flag=~/folder
+            setattr(args, name, type(value)(os.path.expanduser(value)))
         least = 0 if name == "seed" else 1
         if type(value) is int and not least <= value < 2**63:
             raise UsageError(
