@@ -14,6 +14,7 @@ ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 shows a CPU with AMX as one without.
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -242,15 +243,6 @@ class Bench:
         return [rows[0] | {"name": "no_communication", "samples_per_second": total}]
 
 
-def cpu_instructions() -> str:
-    """The best 16-bit arithmetic of this CPU, which decides its speed."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "unknown"
-    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "no bf16")
-
-
 def best_flags(rows: list[dict], precision: str) -> dict[str, dict]:
     """What Trainer runs with in each round: {name: flags}; best in our precision, and in fp32."""
     best = {"trainer_defaults": {}}
@@ -316,7 +308,9 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     devices = torch.cuda.device_count() if cuda else machine.cores()
     devices = max(n for n in WORLD_SIZES if n <= devices)
-    precision, _ = utils.choose_precision("auto", device)
+    precision, reason = utils.choose_precision("auto", device)
+    # the best 16-bit arithmetic of this CPU, which decides its speed
+    instructions = "" if cuda else re.search("amx_bf16|avx512_bf16|no bf16", reason)[0]
     source = os.environ.get("AG_NEWS_DIR", "sample")
     source = source if source == "sample" else str(Path(source).resolve())
     load = os.getloadavg()[0]
@@ -336,7 +330,7 @@ def main() -> None:
         bench = Bench(backbone.resolve(), source, Path(folder), cuda, devices, args.quick)
         rows, full, ended = run_rounds(bench, precision, args.minutes)
     record = header | {
-        "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "" if cuda else cpu_instructions()),
+        "instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", instructions),
         "load_average": load,
         "device": device.type,
         "devices": devices,

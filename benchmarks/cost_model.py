@@ -229,22 +229,14 @@ def t4_levers(touched: float | None) -> list[tuple[str, dict]]:
 
 def cluster() -> list[tuple[str, str, list[float | None]]]:
     """(how, link, efficiency of each of CLUSTER_SIZES): n GPUs' samples/s over n times one's."""
-    ways = {
-        "32 rows a GPU": {"rows": 32},
-        "128 rows a GPU": {"rows": 128},
-        "4 x 128 rows accumulated, 16-bit gradients": {
-            "rows": 128,
-            "accumulation": 4,
-            "compressed": True,
-        },
-    }
+    accumulated = {"rows": 128, "accumulation": 4, "compressed": True}
+    ways = {"32 rows a GPU": {"rows": 32}, "128 rows a GPU": {"rows": 128}}
+    ways["4 x 128 rows accumulated, 16-bit gradients"] = accumulated
     flop = flops_per_sample(Config(), TOKENS)
     table = []
     for name, how in ways.items():
         for link, (bandwidth, largest) in LINKS.items():
             seconds = partial(gpu_step, replace(CLUSTER_GPU, bandwidth=bandwidth), flop, **how)
-            cells = [
-                seconds() / seconds(world_size=n) if n <= largest else None for n in CLUSTER_SIZES
-            ]
-            table.append((name, link, cells))
+            cells = [seconds() / seconds(world_size=n) for n in CLUSTER_SIZES if n <= largest]
+            table.append((name, link, cells + [None] * (len(CLUSTER_SIZES) - len(cells))))
     return table

@@ -52,6 +52,13 @@ def write_record(path: Path, record: dict, rows: list[dict] | None = None) -> No
     path.write_text(header.replace('"rows": []', f'"rows": [\n{lines}\n ]') + "\n")
 
 
+def where(rows: pd.DataFrame, **columns) -> pd.DataFrame:
+    """The rows that have these values, by round."""
+    for name, value in columns.items():
+        rows = rows[rows[name] == value]
+    return rows.set_index("round")
+
+
 def short(host: str) -> str:
     return re.sub(r"\(R\)|\(TM\)| Processor| CPU", "", host)
 
@@ -88,8 +95,7 @@ class Speed:
     # the real scripts
 
     def script(self, name: str, figure: str = "samples_per_second") -> pd.Series:
-        chosen = self.rows[(self.rows.kind == "script") & (self.rows.name_ == name)]
-        return chosen.set_index("round")[figure]
+        return where(self.rows, kind="script", name_=name)[figure]
 
     def ratio(self, name: str, other: str) -> pd.Series:
         return (self.script(name) / self.script(other)).dropna()
@@ -115,9 +121,8 @@ class Speed:
 
     def grid(self) -> pd.DataFrame:
         """Every combination of Trainer's flags that was tried, the fastest first."""
-        rows = self.rows[self.rows.kind == "grid"].sort_values(
-            "samples_per_second", ascending=False
-        )
+        rows = self.rows[self.rows.kind == "grid"]
+        rows = rows.sort_values("samples_per_second", ascending=False)
         return rows.assign(flags=[json.loads(flags) for flags in rows["flags"]])
 
     def matmul_share(self) -> pd.Series:
@@ -127,40 +132,30 @@ class Speed:
         return (self.script("single") * flop / self.matmuls(launch)).dropna()
 
     def matmuls(self, launch: str) -> pd.Series:
-        return self.piece("gemm", launch).set_index("round").flops
+        return self.piece("gemm", launch).flops
 
     # the pieces of a step
 
     def piece(self, kind: str, launch: str) -> pd.DataFrame:
-        return self.rows[(self.rows.kind == kind) & (self.rows.launch == launch)]
+        return where(self.rows, kind=kind, launch=launch)
 
     def settings(self, launch: str) -> list[tuple[pd.Series, pd.DataFrame]]:
         """(a setting, its rounds), in the order in which they were measured."""
-        chosen = self.steps[self.steps.launch == launch]
-        return [
-            (rows.iloc[0], rows.set_index("round"))
-            for _, rows in chosen.groupby(SETTING, sort=False)
-        ]
+        found = where(self.steps, launch=launch).groupby(SETTING, sort=False)
+        return [(rows.iloc[0], rows) for _, rows in found]
 
     def find(self, launch, variant, micro, accumulation=1, compression="none", sparse=False):
         """The rounds of a setting; an empty frame if it was not measured."""
-        wanted = dict(
+        setting = dict(
             zip(SETTING, (variant, micro, accumulation, compression, sparse), strict=True)
         )
-        rows = self.steps[self.steps.launch == launch]
-        for name, value in wanted.items():
-            rows = rows[rows[name] == value]
-        return rows.set_index("round")
+        return where(self.steps, launch=launch, **setting)
 
     def micros(self, launch: str, variant: str) -> list[int]:
         """The batch sizes at which a variant was measured, as it is."""
-        rows = self.steps[(self.steps.launch == launch) & (self.steps.variant == variant)]
-        plain = (
-            (rows.accumulation == 1)
-            & (rows.compression == "none")
-            & ~rows.sparse_embeddings.astype(bool)
-        )
-        return sorted(rows[plain].micro.unique().tolist())
+        plain = {"accumulation": 1, "compression": "none", "sparse_embeddings": False}
+        rows = where(self.steps, launch=launch, variant=variant, **plain)
+        return sorted(rows.micro.unique().tolist())
 
     def calibration(self, launch: str) -> list[int]:
         """The batch sizes without communication from which the cost model learns what compute
@@ -188,15 +183,13 @@ class Speed:
 
     def buckets(self, compression: str = "none") -> pd.Series:
         """Seconds of each bucket's all-reduce alone, by its bytes, in the order of filling."""
-        rows = self.piece("bucket", "2")
-        rows = rows[rows.compression == compression]
+        rows = where(self.rows, kind="bucket", launch="2", compression=compression)
         table = rows.groupby("number").agg({"bytes": "first", "seconds": "median"})
         return table.set_index("bytes").seconds
 
     def compressions(self) -> list[str]:
-        return sorted(
-            self.piece("bucket", "2").compression.unique(), key=["none", "bf16", "fp16"].index
-        )
+        found = self.piece("bucket", "2").compression.unique()
+        return sorted(found, key=["none", "bf16", "fp16"].index)
 
     def bucket_table(self) -> list[dict]:
         """[{number, bytes, and seconds by compression}]"""
@@ -206,9 +199,8 @@ class Speed:
 
     def exchange(self, micro: int) -> pd.Series:
         """Touched rows and seconds of sharing the word embeddings' gradient of so many rows."""
-        rows = self.piece("embeddings", "2")
-        figures = ["touched", "dense_seconds", "sparse_seconds"]
-        return rows[rows.micro == micro][figures].median()
+        rows = where(self.rows, kind="embeddings", launch="2", micro=micro)
+        return rows[["touched", "dense_seconds", "sparse_seconds"]].median()
 
     def predicted(self, launch: str, rows: pd.DataFrame) -> float:
         """Seconds of a setting's step; of its own measurement only the padded tokens are used."""
@@ -219,25 +211,22 @@ class Speed:
         if setting.sparse_embeddings:
             *others, last = pieces.seconds
             saved = self.exchange(setting.micro)
-            pieces = replace(
-                pieces, seconds=(*others, last - saved.dense_seconds + saved.sparse_seconds)
-            )
+            last += saved.sparse_seconds - saved.dense_seconds
+            pieces = replace(pieces, seconds=(*others, last))
         return step(pieces, rows.tokens.iloc[0], setting.accumulation)
 
     # one process against two
 
     def strong(self, micro: int) -> pd.Series:
         """One process over two at the same global batch, 2 x micro."""
-        return (
-            self.find("1", "single", 2 * micro).step / self.find("2", "ddp", micro).step
-        ).dropna()
+        one, two = self.find("1", "single", 2 * micro), self.find("2", "ddp", micro)
+        return (one.step / two.step).dropna()
 
     def weak(self, micro: int, accumulation=1, compression="none", sparse=False) -> pd.Series:
         """Samples/s of two processes over those of one, each with `micro` rows of its own."""
         one = self.find("1", "single", micro, accumulation)
-        return (
-            2 * one.step / self.find("2", "ddp", micro, accumulation, compression, sparse).step
-        ).dropna()
+        two = self.find("2", "ddp", micro, accumulation, compression, sparse)
+        return (2 * one.step / two.step).dropna()
 
     def predicted_strong(self, micro: int) -> float:
         one = self.predicted("1", self.find("1", "single", 2 * micro))
@@ -320,11 +309,8 @@ def runs(*scripts: str, folder: str = ".") -> dict[str, dict]:
     """The run records of the training scripts on AG News."""
     names = sorted(path.stem for path in (RESULTS / folder).glob("*.json"))
     found = {name: read(f"{folder}/{name}") for name in names if name != "sample_on_agnews"}
-    return {
-        name: run
-        for name, run in found.items()
-        if isinstance(run, dict) and run.get("script") in scripts
-    }
+    found = {name: run for name, run in found.items() if isinstance(run, dict)}
+    return {name: run for name, run in found.items() if run.get("script") in scripts}
 
 
 def standard_error(run: dict) -> float:

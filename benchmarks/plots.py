@@ -10,6 +10,7 @@ FOLDER = ROOT / "benchmarks" / "plots"
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7f7f7f"
 LIGHT = "#f5c49a"
 MARKERS = "osD^v"
+RECIPE = ("global_batch_size", "lr", "total_steps", "seed")
 
 
 def figure(width: float, height: float):
@@ -66,10 +67,8 @@ def throughput() -> str:
         for launch, (name, colour) in styles.items():
             variant, processes = ("ddp", 2) if launch == "2" else ("single", 1)
             micros = speed.micros(launch, variant)
-            rates = [
-                processes * micro / speed.find(launch, variant, micro).step.median()
-                for micro in micros
-            ]
+            steps = [speed.find(launch, variant, micro).step.median() for micro in micros]
+            rates = [processes * micro / step for micro, step in zip(micros, steps, strict=True)]
             if micros:
                 style = {"marker": MARKERS[number % 5], "linestyle": ("-", "--", ":")[number % 3]}
                 axes.plot(micros, rates, color=colour, label=f"{name}; {speed.title}", **style)
@@ -97,9 +96,8 @@ class Curves:
         drawing, axes = figure(8, 3.6)
         for run, colour, width in ((self.single, BLUE, 2.5), (self.ddp, ORANGE, 1)):
             steps, losses = zip(*((p["step"], p["loss"]) for p in run["curve"]), strict=True)
-            label = (
-                f"{run['script']}.py, {run['world_size']} process{'es' * (run['world_size'] > 1)}"
-            )
+            processes = f"{run['world_size']} process{'es' * (run['world_size'] > 1)}"
+            label = f"{run['script']}.py, {processes}"
             axes.plot(steps, losses, color=colour, linewidth=width, label=label)
         axes.set_xlabel(f"step, {self.ddp['global_batch_size']} rows each, the same on 1 and 2")
         axes.set_ylabel("training loss")
@@ -110,13 +108,8 @@ class Curves:
 
 def curves() -> Curves | None:
     found = [read(f"agnews_packaged_{name}") or {} for name in ("single", "ddp")]
-    recipe = ("global_batch_size", "lr", "total_steps", "seed")
-    if (
-        all(run.get("curve") for run in found)
-        and len({str([r[k] for k in recipe]) for r in found}) == 1
-    ):
-        return Curves(*found)
-    return None
+    single, ddp = ([run.get(key) for key in RECIPE] for run in found)
+    return Curves(*found) if all(run.get("curve") for run in found) and single == ddp else None
 
 
 def draw() -> dict[str, str]:

@@ -81,13 +81,6 @@ def serving(kind: str) -> pd.DataFrame:
     return rows[rows.kind == kind]
 
 
-def where(rows: pd.DataFrame, **columns) -> pd.DataFrame:
-    """The rows that have these values, by round."""
-    for name, value in columns.items():
-        rows = rows[rows[name] == value]
-    return rows.set_index("round")
-
-
 def statuses(rows: pd.DataFrame) -> str:
     return ", ".join(sorted({status for seen in rows.statuses for status in seen}))
 

@@ -191,14 +191,8 @@ class Service:
         self.batcher = Batcher(
             self.classifier.scores, on_batch=batch_rows.observe, on_admitted=admitted_rows.set
         )
-        info = self.classifier.info
-        logger.info(
-            "serving %s, trained on %s, with %s on %s",
-            info["backbone"],
-            info["data"],
-            info["engine"],
-            info["device"],
-        )
+        text = "serving %(backbone)s, trained on %(data)s, with %(engine)s on %(device)s"
+        logger.info(text, self.classifier.info)
 
     def stop(self) -> None:
         self.draining = True

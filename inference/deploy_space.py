@@ -145,15 +145,15 @@ def explain(error: Exception, space: str) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("space", metavar="OWNER/NAME")
-    parser.add_argument("--private", action="store_true", help="for its owner's token only")
-    parser.add_argument("--dry-run", action="store_true", help="list the files, contact nobody")
-    parser.add_argument(
+    add = parser.add_argument
+    add("space", metavar="OWNER/NAME")
+    add("--private", action="store_true", help="for its owner's token only")
+    add("--dry-run", action="store_true", help="list the files, contact nobody")
+    add(
         "--timeout",
         type=int,
         default=1200,
-        metavar="SECONDS",
-        help="for building and starting (default: %(default)s)",
+        help="seconds to build and start (default: %(default)s)",
     )
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.space):
@@ -169,16 +169,11 @@ def main() -> None:
             return
         if not (token := get_token()):
             raise DeployError("no Hugging Face token; hf auth login (with a token that may write)")
-        api = HfApi(token=token)
+        api, space = HfApi(token=token), {"repo_id": args.space, "repo_type": "space"}
         try:
             # None, not False: a public Space is not forced on an organisation that has private ones
-            api.create_repo(
-                args.space,
-                repo_type="space",
-                space_sdk="docker",
-                private=args.private or None,
-                exist_ok=True,
-            )
+            private = args.private or None
+            api.create_repo(**space, space_sdk="docker", private=private, exist_ok=True)
             info = api.space_info(args.space)
             if info.sdk not in (None, "docker") or (args.private and not info.private):
                 kind = f"{info.sdk}, {'private' if info.private else 'public'}"
@@ -186,14 +181,11 @@ def main() -> None:
             others = {file.rfilename for file in info.siblings or ()}
             if others - {".gitattributes", "README.md"} and "inference/app.py" not in others:
                 raise DeployError(f"{args.space} holds another app; choose another name")
-            commit = api.upload_folder(
-                repo_id=args.space,
-                repo_type="space",
-                folder_path=folder,
-                commit_message="Deploy DistriNews",
-            ).oid
+            done = api.upload_folder(
+                **space, folder_path=folder, commit_message="Deploy DistriNews"
+            )
             checkpoint = metadata["info"]["checkpoint"]
-            wait_until_served(api, args.space, commit, checkpoint, args.timeout)
+            wait_until_served(api, args.space, done.oid, checkpoint, args.timeout)
         except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
             raise DeployError(explain(error, args.space)) from None
 

@@ -268,15 +268,11 @@ def to_hf(folder: Path) -> None:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--to", choices=["int8", "hf"], required=True)
-    parser.add_argument(
-        "--checkpoint-dir", type=Path, default=CHECKPOINTS, help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--data",
-        help="whose training rows calibrate int8, and whose validation rows judge it (default: "
-        "sample for a model of the sample, else auto)",
-    )
+    add = parser.add_argument
+    add("--to", choices=["int8", "hf"], required=True)
+    add("--checkpoint-dir", type=Path, default=CHECKPOINTS, help="(default: %(default)s)")
+    judge = "whose training rows calibrate int8, and whose validation rows judge it (default: "
+    add("--data", help=judge + "sample for a model of the sample, else auto)")
     args = parser.parse_args()
     if args.data and args.to == "hf":
         parser.error("--data goes with --to int8")
@@ -292,13 +288,9 @@ if __name__ == "__main__":
         signal.signal(number, signal.default_int_handler)
     try:
         main()
-    except (LoadError, SourceError, DataError) as error:
+    except (LoadError, SourceError, DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except ImportError as error:
         sys.exit(f"error: {error}; pip install -r requirements.txt")
-    except OSError as error:
-        sys.exit(
-            f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}"
-        )
     except KeyboardInterrupt:
         sys.exit("error: interrupted; run the same command again")

@@ -36,11 +36,8 @@ TOKENIZER = "tokenizer/tokenizer.json"
 INT8_XML, INT8_BIN = "distilbert_agnews.int8.xml", "distilbert_agnews.int8.bin"
 INT8_METADATA = "distilbert_agnews.int8.json"  # hashes, labels, and how good int8 is
 INT8_FILES = (INT8_XML, INT8_BIN, INT8_METADATA)
-HASHES = {  # a key of the metadata -> the file whose SHA-256 it is
-    "xml_sha256": INT8_XML,
-    "bin_sha256": INT8_BIN,
-    "tokenizer_sha256": TOKENIZER,
-}
+# a key of the metadata -> the file whose SHA-256 it is
+HASHES = {"xml_sha256": INT8_XML, "bin_sha256": INT8_BIN, "tokenizer_sha256": TOKENIZER}
 REMEDY = "train one first: make demo, or bash training/run_ddp.sh"
 EXPORT = "python inference/export.py --to int8"
 

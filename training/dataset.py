@@ -27,10 +27,6 @@ class DataError(Exception):
     """Rows or a tokenizer that cannot be trained with; the message is one line, with the remedy."""
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # Tokens
 
 
@@ -82,8 +78,9 @@ def load_tokenizer(folder: Path):
             tokenizer = AutoTokenizer.from_pretrained(folder, do_lower_case=False)
         return tokenizer
     except Exception as error:  # the tokenizers library raises plain Exception
+        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"the tokenizer in {folder} cannot be read ({first_line(error)}); copy its files again"
+            f"the tokenizer in {folder} cannot be read ({reason}); copy its files again"
         ) from None
 
 
@@ -101,8 +98,9 @@ def tokenize(texts: list[str], folder: Path, max_length: int) -> tuple[np.ndarra
     try:
         rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     except Exception as error:  # such as a vocabulary without [UNK]
+        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"the tokenizer in {folder} cannot be used ({first_line(error)}); copy its files again"
+            f"the tokenizer in {folder} cannot be used ({reason}); copy its files again"
         ) from None
     ends = np.cumsum([len(row) for row in rows])
     ids = np.fromiter((i for row in rows for i in row), np.int32, ends[-1])
@@ -189,11 +187,10 @@ def prepare_data(
     val_rows = np.random.default_rng(2).permutation(val_rows)[:max_eval]
     test_rows = n + np.random.default_rng(3).permutation(len(test.labels))[:max_eval]
     ids, ends = cached_tokens(train.texts + test.texts, tokenizer_folder, max_length)
-    splits = [
-        TokenizedExamples(ids, ends, labels, rows) for rows in (train_rows, val_rows, test_rows)
-    ]
+    split_rows = (train_rows, val_rows, test_rows)
+    splits = [TokenizedExamples(ids, ends, labels, rows) for rows in split_rows]
     fingerprint = hashlib.sha256()
-    for array in (ids, ends, labels, train_rows, val_rows, test_rows):
+    for array in (ids, ends, labels, *split_rows):
         fingerprint.update(np.ascontiguousarray(array, np.int64).tobytes())
     note = source.note
     if ignored := sorted({*train.ignored, *test.ignored}):
@@ -224,12 +221,7 @@ class LengthGroupedSampler(DistributedSampler):
     """
 
     def __init__(
-        self,
-        dataset: TokenizedExamples,
-        global_batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
+        self, dataset: TokenizedExamples, global_batch_size: int, num_replicas=1, rank=0, seed=0
     ):
         super().__init__(dataset, num_replicas, rank, seed=seed)
         self.global_batch_size = global_batch_size

@@ -15,12 +15,9 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +97,7 @@ def set_offline_mode(seconds: float = 5) -> bool:
     return bool(answers)
 
 
-def host(device: "torch.device | None" = None) -> str:
+def host(device=None) -> str:
     """The machine in a few words: its GPU, or its CPU and the cores that this process may use."""
     if device and device.type == "cuda":
         import torch
@@ -120,18 +117,17 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with -dirty where tracked files were changed; None outside git."""
-    if not (ROOT / ".git").exists():  # it would be that of a repository around this one
-        return os.environ.get("GIT_COMMIT")
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return os.environ.get("GIT_COMMIT")
-    return done.stdout.strip() or os.environ.get("GIT_COMMIT")  # set where the code has no .git
+    """The checkout's commit, with -dirty where tracked files were changed; else GIT_COMMIT."""
+    found = ""
+    if (ROOT / ".git").exists():  # otherwise git would find a repository around this one
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+            found = done.stdout.strip()
+    return found or os.environ.get("GIT_COMMIT")
 
 
-def peak_memory_mb(device: "torch.device") -> float:
+def peak_memory_mb(device) -> float:
     """MiB: on a GPU the most that tensors took, else the most that this process held resident."""
     if device.type == "cuda":
         import torch

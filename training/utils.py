@@ -80,9 +80,8 @@ def cleanup_distributed() -> None:
 def choose_device(backend: str = "auto", local_rank: int = 0) -> tuple[torch.device, str]:
     """(this rank's device, the backend): nccl where every rank has its own GPU, gloo otherwise."""
     gpus = torch.cuda.device_count()
-    local_world_size = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_torchelastic_launched() else 1
-    )
+    launched = dist.is_torchelastic_launched()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched else 1
     if not gpus:
         if backend == "nccl":
             raise UsageError("--backend nccl needs a GPU, and none is visible; use auto or gloo")
@@ -151,9 +150,8 @@ def check_flags(args: argparse.Namespace) -> None:
             setattr(args, name, type(value)(os.path.expanduser(value)))
         least = 0 if name == "seed" else 1
         if type(value) is int and not least <= value < 2**63:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value}: expected at least {least}, below 2^63"
-            )
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} {value}: expected at least {least}, below 2^63")
     if not 8 <= args.max_length <= 512:
         raise UsageError(f"--max-length {args.max_length}: expected 8 to 512")
     if args.lr is not None and not 0 < args.lr < math.inf:

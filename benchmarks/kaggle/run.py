@@ -98,11 +98,11 @@ def levers(flags: list, gpus: list, quick: bool) -> None:
         more = [*more, "--max-steps", steps, "--max-eval-samples", 64, "--report", report]
         run(*script, *flags, ROOT / "runs" / "lever", *more, **visible)
         record = json.loads(report.read_text())
-        rates = [point["samples_per_second"] for point in record["curve"]]
-        row = {"how": how, "flags": " ".join(LEVERS[how]), "samples_per_second": median(rates[2:])}
+        rate = median([point["samples_per_second"] for point in record["curve"]][2:])
+        row = {"how": how, "flags": " ".join(LEVERS[how]), "samples_per_second": rate}
         rows.append(row | {name: record[name] for name in ("global_batch_size", "host")})
-        speedup = rows[-1]["samples_per_second"] / rows[0]["samples_per_second"]
-        print(f"{how}: {rows[-1]['samples_per_second']:,.0f} samples/s, {speedup:.2f} x one GPU")
+        speedup = rate / rows[0]["samples_per_second"]
+        print(f"{how}: {rate:,.0f} samples/s, {speedup:.2f} x one GPU")
     (RESULTS / "kaggle_levers.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -136,13 +136,9 @@ def main() -> None:
     speed += ["--out", RESULTS / "training_speed_kaggle.json"]
     run(sys.executable, "-m", "benchmarks.bench_training", *speed)
     run(sys.executable, "-m", "benchmarks.report")
-    for kept in ("results", "plots", "single_gpu.md", "ddp_2gpu.md"):
-        source, target = ROOT / "benchmarks" / kept, args.working / "benchmarks" / kept
-        target.parent.mkdir(exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        else:
-            shutil.copy(source, target)
+    tools = shutil.ignore_patterns("*.py", "*.lua", "__pycache__", "kaggle", "templates")
+    target = args.working / "benchmarks"
+    shutil.copytree(ROOT / "benchmarks", target, ignore=tools, dirs_exist_ok=True)
     shutil.rmtree(ROOT)  # what is left is what was made
     print(f"\ndone: {args.working}/benchmarks/ddp_2gpu.md, records, checkpoints", flush=True)
 
