@@ -18,26 +18,20 @@ GUNICORN += ["--bind", "127.0.0.1:0", "--no-control-socket"]
 
 
 @contextmanager
-def server(checkpoints: Path, *flags: str, command=UVICORN, app="inference.app:app", **extra: str):
+def server(*args, **kwargs):
     """Its address, once /health says that it serves. The kernel chooses the port."""
-    with process(checkpoints, *flags, command=command, app=app, **extra) as (url, _):
+    with process(*args, **kwargs) as (url, _):
         yield url
 
 
 @contextmanager
 def process(checkpoints: Path, *flags: str, command=UVICORN, app="inference.app:app", **extra: str):
     """(its address, the process, which leads a process group of its own)"""
-    env = environment(CHECKPOINT_DIR=str(checkpoints)) | extra
+    how = {"cwd": ROOT, "env": environment(CHECKPOINT_DIR=str(checkpoints), **extra)}
     log = checkpoints / "server.log"
     with open(log, "w") as file:
-        master = subprocess.Popen(
-            [*command, *flags, app],
-            cwd=ROOT,
-            env=env,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
+        how |= {"stdout": file, "stderr": file, "start_new_session": True}
+        master = subprocess.Popen([*command, *flags, app], **how)
     try:
         yield wait_until_healthy(master, log), master
     finally:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_single
-from ranks import ROOT, run
+from ranks import ROOT, Rank, run
 
 import checkpoint
 import errors
@@ -70,14 +71,10 @@ def split(rows, micro, world_size, device="cpu"):
     return utils.split_batch(args, world_size, torch.device(device))
 
 
-@pytest.mark.parametrize(
-    "rows, micro, world_size, nearest", [(32, None, 3, 33), (32, 16, 3, 48), (31, None, 2, 30)]
-)
-def test_a_global_batch_that_does_not_divide_names_the_nearest_that_does(
-    rows, micro, world_size, nearest
-):
-    with pytest.raises(utils.UsageError, match=f"not divisible .* the nearest that is: {nearest}$"):
-        split(rows, micro, world_size)
+def test_a_global_batch_that_does_not_divide_names_the_nearest_that_does():
+    for size, nearest in (((32, None, 3), 33), ((32, 16, 3), 48), ((31, None, 2), 30)):
+        with pytest.raises(utils.UsageError, match=f"not divisible .* that is: {nearest}$"):
+            split(*size)
 
 
 def test_the_micro_batch_is_what_fits_and_accumulation_is_the_rest():
@@ -87,25 +84,19 @@ def test_the_micro_batch_is_what_fits_and_accumulation_is_the_rest():
     assert split(255, None, 3) == (17, 5)  # the largest divisor of 85 up to 32
 
 
-@pytest.mark.parametrize("value, seconds", [(None, 600), ("", 600), ("5", 5), ("30m", 0)])
-def test_the_time_out_of_a_collective_is_a_number_of_seconds(monkeypatch, value, seconds):
-    monkeypatch.delenv("TIMEOUT", raising=False)
-    if value is not None:
+def test_the_time_out_of_a_collective_is_a_number_of_seconds(monkeypatch):
+    for value, seconds in (("", 600), ("5", 5)):
         monkeypatch.setenv("TIMEOUT", value)
-    if seconds:
         assert utils.collective_timeout().total_seconds() == seconds
-    else:
-        with pytest.raises(utils.UsageError, match="TIMEOUT=30m: expected"):
-            utils.collective_timeout()
-
-
-def test_nccl_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(utils.UsageError, match="needs a GPU"):
-        utils.choose_device("nccl")
+    monkeypatch.setenv("TIMEOUT", "30m")
+    with pytest.raises(utils.UsageError, match="TIMEOUT=30m: expected"):
+        utils.collective_timeout()
 
 
 def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(utils.UsageError, match="needs a GPU"):
+        utils.choose_device("nccl")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
@@ -149,18 +140,16 @@ def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):
     ],
 )
 def test_the_command_line_prints_one_line_and_fails(tiny_backbone, tmp_path, script, flags, says):
-    if "--model" not in flags:
-        flags = [*flags, "--model", str(tiny_backbone)]
-    command = [sys.executable, ROOT / "training" / script, *flags]
-    done = run(command, tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert says in done.stderr
+    rank = Rank([ROOT / "training" / script, "--model", tiny_backbone, *flags], tmp_path)
+    rank.collect()
+    assert rank.status == 1
+    assert rank.stderr.startswith("error: ") and rank.stderr.count("\n") == 1
+    assert says in rank.stderr
 
 
-def test_run_ddp_sh_passes_on_one_line_and_the_status(tiny_backbone, news_folder, tmp_path):
-    command = ["bash", ROOT / "training" / "run_ddp.sh", "--model", tiny_backbone, "--data"]
-    command += [news_folder, "--global-batch-size", 7, "--checkpoint-dir", tmp_path / "c"]
+def test_run_ddp_sh_passes_on_one_line_and_the_status(flags, tmp_path):
+    command = ["bash", ROOT / "training" / "run_ddp.sh"]
+    command += flags(tmp_path / "c", "--global-batch-size", 7)
     done = run(command, tmp_path, NPROC_PER_NODE="2", MAX_RESTARTS="3")
     assert done.returncode == 1
     assert done.stderr == (  # once: not once a rank, and not once a restart
@@ -218,7 +207,7 @@ CORRUPT = {  # faults/corrupt.py has a hundred more
 
 @pytest.mark.parametrize("how", CORRUPT)
 def test_a_checkpoint_that_cannot_be_served_is_refused(trained, tmp_path, monkeypatch, how):
-    subprocess.run(["cp", "-r", trained, tmp_path / "c"], check=True)
+    shutil.copytree(trained, tmp_path / "c")
     monkeypatch.chdir(tmp_path)
     Classifier(tmp_path / "c")  # as long as it is whole, it loads
     CORRUPT[how](tmp_path / "c" / "distilbert_agnews.pt")
@@ -228,12 +217,10 @@ def test_a_checkpoint_that_cannot_be_served_is_refused(trained, tmp_path, monkey
     assert not (tmp_path / "it_ran").exists()
 
 
-def test_a_corrupted_last_pt_is_refused_and_kept(monkeypatch, tmp_path, tiny_backbone, news_folder):
+def test_a_corrupted_last_pt_is_refused_and_kept(monkeypatch, tmp_path, flags):
     (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
-    flags = ["--model", tiny_backbone, "--data", news_folder, "--checkpoint-dir", tmp_path]
-    flags += ["--global-batch-size", 8]
     with pytest.raises(checkpoint.CheckpointError) as caught:
-        run_single(monkeypatch, tmp_path, *flags)
+        run_single(monkeypatch, tmp_path, *flags(tmp_path))
     assert "delete it" in one_line(caught)
     assert (tmp_path / "last.pt").read_bytes() == b"not a checkpoint"
 
@@ -284,9 +271,10 @@ def test_a_disk_that_refuses_leaves_the_old_checkpoint_whole(fault):
         disk.rmdir()
 
 
-def test_help_tells_every_flag_and_its_default(tmp_path):
-    command = [sys.executable, ROOT / "training" / "train_single.py", "--help"]
-    text = " ".join(run(command, tmp_path).stdout.split())
+def test_help_tells_every_flag_and_its_default(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        run_single(monkeypatch, tmp_path, "--help")
+    text = " ".join(capsys.readouterr().out.split())
     for flag in ("--epochs", "--lr", "--global-batch-size", "--data", "--precision"):
         after = text[text.index(f" {flag} ", text.index("options:")) :]
         assert "default" in after[: after.index(" --", 3)]

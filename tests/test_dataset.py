@@ -534,11 +534,3 @@ def test_all_ranks_have_equally_much_to_do_and_little_of_it_is_padding():
     padded = 32 * steps.max(axis=3).sum(axis=2)  # tokens of a rank in a step
     assert (padded.max(axis=1) / padded.mean(axis=1) - 1).mean() <= 0.002
     assert padded.sum() / steps.sum() <= 1.03
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_rows_are_on_exactly_one_rank(news_folder, tiny_backbone, world_size):
-    test = prepare(str(news_folder), tiny_backbone).test
-    loaders = [dataset.eval_loader(test, 4, rank, world_size) for rank in range(world_size)]
-    every = sorted(i for loader in loaders for batch in loader.batch_sampler for i in batch)
-    assert every == list(range(53))

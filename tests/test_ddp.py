@@ -11,17 +11,10 @@ from inference.model_loader import Classifier
 from model import Config, NewsClassifier
 
 
-def flags(backbone, news, folder, *more):
-    common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder]
-    common += ["--global-batch-size", 8, "--max-eval-samples", 20]
-    return [*map(str, [*common, *more])]
-
-
 @pytest.fixture(scope="module")
-def two_ranks(tiny_backbone, news_folder, tmp_path_factory):
+def two_ranks(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    run = flags(tiny_backbone, news_folder, folder / "c", "--epochs", 2, "--lr", "5e-3")
-    return train(2, run, folder), folder
+    return train(2, flags(folder / "c", "--lr", "5e-3"), folder), folder
 
 
 def test_ranks_end_with_the_same_bits(two_ranks):
@@ -64,8 +57,8 @@ def test_the_run_record_tells_what_ran_and_how_the_loss_fell(two_ranks):
     assert np.mean(losses(zero)[:14]) == pytest.approx(record["epochs"][0]["train_loss"])
 
 
-def test_compression_and_sparse_embeddings_train_alike(calm_backbone, news_folder, tmp_path):
-    run = flags(calm_backbone, news_folder, tmp_path / "c", "--max-steps", 6, "--fresh")
+def test_compression_and_sparse_embeddings_train_alike(calm_backbone, flags, tmp_path):
+    run = flags(tmp_path / "c", "--model", calm_backbone, "--max-steps", 6, "--fresh")
     plain, _ = train(2, run, tmp_path)
     small, other = train(2, [*run, "--sparse-embeddings", "--grad-compression", "bf16"], tmp_path)
     assert losses(small) == pytest.approx(losses(plain), rel=1e-2)
@@ -75,16 +68,15 @@ def test_compression_and_sparse_embeddings_train_alike(calm_backbone, news_folde
 
 @pytest.mark.parametrize("what", ["the data or --max-*-samples", "--model", "--lr", "--save-every"])
 def test_ranks_that_hold_something_else_are_found_before_the_first_step(
-    tiny_backbone, calm_backbone, news_folder, tmp_path, what
+    calm_backbone, flags, tmp_path, what
 ):
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 2)
     other = {
         "the data or --max-*-samples": ["--max-eval-samples", "19"],  # only the test rows differ
         "--model": ["--model", str(calm_backbone)],
         "--lr": ["--lr", "1e-3"],
         "--save-every": ["--save-every", "2"],
     }[what]
-    argv = [ROOT / "training" / "train_ddp.py", *run]
+    argv = [ROOT / "training" / "train_ddp.py", *flags(tmp_path / "c", "--max-steps", 2)]
     ranks = run_ranks(2, argv, tmp_path, more_for_rank_1=other)
     assert [rank.status for rank in ranks] == [1, 1]
     assert ranks[0].stderr.startswith(f"error: {what} differs: ")

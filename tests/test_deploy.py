@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from fake_space import COMMIT, FakeSpace
+from fake_hub import COMMIT, fake_space
 from ranks import ROOT, run
 
 from inference.model_loader import INT8_BIN, INT8_METADATA
@@ -25,7 +25,7 @@ def checkpoints(exported, tmp_path):
 @pytest.fixture
 def hub(exported):
     metadata = json.loads((exported / INT8_METADATA).read_text(encoding="utf-8"))
-    with FakeSpace(metadata["info"]["checkpoint"]) as hub:
+    with fake_space(metadata["info"]["checkpoint"]) as hub:
         yield hub
 
 

@@ -30,18 +30,16 @@ import errors
         ("exception, seen late", "KeyError: 'a bug on one rank'"),
     ],
 )
-def test_the_first_cause_is_shown_last(tiny_backbone, news_folder, tmp_path, fault, last):
-    check_last_line(tiny_backbone, news_folder, tmp_path, fault, last)
+def test_the_first_cause_is_shown_last(flags, tmp_path, fault, last):
+    check_last_line(flags(tmp_path / "c"), tmp_path, fault, last)
 
 
-def check_last_line(tiny_backbone, news_folder, tmp_path, fault, last, seconds=80, **extra):
+def check_last_line(flags, folder, fault, last, seconds=80, **extra):
     launch = [ROOT / "training" / "torchrun.py", "--standalone", "--nproc-per-node", 2]
-    script = [ROOT / "tests" / "instrument.py", tmp_path, ROOT / "training" / "train_ddp.py"]
-    flags = ["--model", tiny_backbone, "--data", news_folder, "--global-batch-size", 8]
-    flags += ["--checkpoint-dir", tmp_path / "c"]
+    script = [ROOT / "tests" / "instrument.py", folder, ROOT / "training" / "train_ddp.py"]
     env = {"FAULT": fault, "TIMEOUT": "10", "GLOO_SOCKET_IFNAME": "lo"} | extra
     # the start, the time-out, and the 30 s that torchrun gives a rank which does not end
-    done = run([sys.executable, *launch, *script, *flags], tmp_path, seconds, **env)
+    done = run([sys.executable, *launch, *script, *flags], folder, seconds, **env)
     assert done.returncode not in (0, None)
     assert last in done.stderr.strip().splitlines()[-1], done.stderr
     assert "another process exited" not in done.stderr

@@ -63,11 +63,12 @@ def test_an_overflow_skips_the_step_and_is_no_reason_to_end_the_run(batch):
     scaler.update()
     assert all(map(torch.equal, before, model.parameters()))
     assert scaler.get_scale() == 65536 / 2
-    history = {"curve": []}
     point = {"step": 1, "loss": 1.4, "lr": 1e-3, "grad_norm": grad_norm.item()}
-    run_record.log_point(history, None, 10, scaler, point)
+    history, nowhere = {"curve": []}, run_record.TensorBoard(None, 0)
+    run_record.log_point(history, nowhere, 10, scaler, point)
     assert history["curve"][0]["grad_norm"] is None  # JSON has no infinity
+    unscaled = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(utils.UsageError, match="grad_norm is"):
-        run_record.log_point(history, None, 10, torch.amp.GradScaler("cpu", enabled=False), point)
+        run_record.log_point(history, nowhere, 10, unscaled, point)
     with pytest.raises(utils.UsageError, match="loss is nan"):
-        run_record.log_point(history, None, 10, scaler, point | {"loss": math.nan})
+        run_record.log_point(history, nowhere, 10, scaler, point | {"loss": math.nan})

@@ -111,14 +111,11 @@ def pod_commands(path: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [TRAINJOB, PYTORCHJOB], ids=lambda path: path.stem)
-def test_two_pods_train_together(path, calm_backbone, news_folder, tmp_path):
-    flags = ["--model", calm_backbone, "--data", news_folder, "--global-batch-size", 8]
-    flags += ["--epochs", 1, "--checkpoint-dir", tmp_path / "c"]
-    pods = []
+def test_two_pods_train_together(path, flags, tmp_path):
+    how, pods = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}, []
     for command, variables in pod_commands(path).values():
         env = environment(NPROC_PER_NODE="1", GLOO_SOCKET_IFNAME="lo", **variables)
-        pods.append(subprocess.Popen([*command, *map(str, flags)], cwd=ROOT, env=env,
-                                     stdout=subprocess.PIPE, text=True))  # fmt: skip
+        pods.append(subprocess.Popen([*command, *flags(tmp_path / "c")], env=env, **how))
     said = [pod.communicate(timeout=200)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], said
     assert "2 processes" in said[0] and said[1] == ""
@@ -146,13 +143,6 @@ def test_probes_and_metrics_are_answered(pod):
         assert urllib.request.urlopen(url + path, timeout=10).status == 200
     metrics = urllib.request.urlopen(url + notes["prometheus.io/path"]).read().decode()
     assert 'requests_total{route="/health"' in metrics
-
-
-def test_a_pod_requests_the_whole_cores_that_limit_it():
-    trainer = documents(TRAINJOB)["TrainJob"]["spec"]["trainer"]
-    for resources in (API["resources"], trainer["resourcesPerNode"]):
-        cores = resources["limits"]["cpu"]
-        assert cores == resources["requests"]["cpu"] == str(int(cores))
 
 
 def test_sigterm_ends_the_server_within_the_grace_period(pod):

@@ -15,7 +15,7 @@ def part(start: str, end: str) -> str:
 
 
 @pytest.fixture
-def variant(calm_backbone, news_folder, tmp_path):
+def variant(calm_backbone, flags, tmp_path):
     """Trains with two ranks after replacing parts of train_ddp.py's text; returns the ranks."""
 
     def run(*replaced: tuple[str, str], more=(), status=0, **extra):
@@ -26,10 +26,9 @@ def variant(calm_backbone, news_folder, tmp_path):
         folder.mkdir()
         (folder / "train_ddp.py").write_text(text)
         path = f"{folder}:{environment()['PYTHONPATH']}"
-        flags = ["--model", calm_backbone, "--data", news_folder, "--checkpoint-dir", folder / "c"]
-        flags += ["--precision", "fp32", "--global-batch-size", 8, "--max-eval-samples", 20]
-        flags += ["--lr", "1e-3", *more]
-        return train(2, [*map(str, flags)], folder, status, PYTHONPATH=path, **extra), folder
+        same = ["--model", calm_backbone, "--precision", "fp32", "--lr", "1e-3"]
+        run = flags(folder / "c", *same, *more)
+        return train(2, run, folder, status, PYTHONPATH=path, **extra), folder
 
     return run
 

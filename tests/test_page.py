@@ -4,13 +4,13 @@ import json
 import re
 import shutil
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
+from fake_hub import fake_server
 from ranks import ROOT
 from server import server as api
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -39,39 +39,27 @@ UNSURE = {
 }
 
 
-class FakeApi(BaseHTTPRequestHandler):
-    """The page below /some/prefix/, with answers that the real server gives rarely."""
-
-    answers = {}  # path -> [(status, headers, body)], used up to its last item
-
-    def do_GET(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        answers = self.answers.get(self.path, [(404, {}, "")])
-        status, headers, body = answers.pop(0) if len(answers) > 1 else answers[0]
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
-
-    do_POST = do_GET
-
-    def log_message(self, *args):
-        pass
+@pytest.fixture
+def answers():
+    """path -> [answer, ...], used up to the last one; those that the real server gives rarely."""
+    page = (ROOT / "inference" / "index.html").read_text(encoding="utf-8")
+    return {
+        "/some/prefix/": [HTMLResponse(page)],
+        "/some/prefix/health": [JSONResponse({"status": "healthy", "model": MODEL})],
+        "/some/prefix/predict": [JSONResponse(UNSURE)],
+    }
 
 
 @pytest.fixture
-def fake_api():
-    page = (ROOT / "inference" / "index.html").read_text(encoding="utf-8")
-    FakeApi.answers = {
-        "/some/prefix/": [(200, {"Content-Type": "text/html; charset=utf-8"}, page)],
-        "/some/prefix/health": [(200, {}, {"status": "healthy", "model": MODEL})],
-        "/some/prefix/predict": [(200, {}, UNSURE)],
-    }
-    with ThreadingHTTPServer(("127.0.0.1", 0), FakeApi) as server:
-        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/some/prefix/"
-        server.shutdown()
+def fake_api(answers):
+    """The page below /some/prefix/."""
+
+    def answer(request, body):
+        found = answers.get(request.scope["path"], [Response(status_code=404)])
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    with fake_server(answer) as url:
+        yield f"{url}/some/prefix/"
 
 
 @pytest.fixture(scope="module")
@@ -253,13 +241,13 @@ def test_what_cannot_be_answered_is_said_in_words(server, page):
     assert not page.all("#bold, img") and page.driver.execute_script("return window.hit") is None
 
 
-def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, page):
-    FakeApi.answers["/some/prefix/predict"][:0] = [
-        (429, {"Retry-After": "7"}, {"detail": "the queue is full"}),
-        (500, {}, {"detail": "odd"}),
-        (422, {}, {"detail": ATTACK}),
-        (503, {"Retry-After": "1"}, {"detail": "draining"}),
-        (502, {}, "<h1>Bad gateway</h1>"),
+def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, answers, page):
+    answers["/some/prefix/predict"][:0] = [
+        JSONResponse({"detail": "the queue is full"}, 429, {"Retry-After": "7"}),
+        JSONResponse({"detail": "odd"}, 500),
+        JSONResponse({"detail": ATTACK}, 422),
+        JSONResponse({"detail": "draining"}, 503, {"Retry-After": "1"}),
+        HTMLResponse("<h1>Bad gateway</h1>", 502),
     ]
     page.open(fake_api)
     page.says("#model", "87.6 %")
@@ -278,7 +266,7 @@ def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, page):
     assert "only its beginning counted" in page.one("#answer").text
     page.one("#answer .row button").click()
     page.says("#why", "no two words")
-    FakeApi.answers["/some/prefix/predict/batch"] = [(200, {}, "cut sh"), (200, {}, {"a": 1})]
+    answers["/some/prefix/predict/batch"] = [Response("cut sh"), JSONResponse({"a": 1})]
     for _ in range(2):
         page.ask("two words")
         page.says("blockquote", "two words")
@@ -303,7 +291,7 @@ def test_without_a_network_the_page_says_so_and_recovers(fake_api, page):
     assert page.one("#text").get_property("value") == "anything"
 
 
-def test_the_policy_lets_the_space_frame_the_page_and_nobody_else(server, fake_api, page):
+def test_the_policy_lets_the_space_frame_the_page_and_nobody_else(server, fake_api, answers, page):
     headers = httpx.get(f"{server}/").headers
     policy = dict(
         part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";")
@@ -313,7 +301,7 @@ def test_the_policy_lets_the_space_frame_the_page_and_nobody_else(server, fake_a
     # it cannot name two sites: where it is obeyed, any value would forbid the Space's frame
     assert "x-frame-options" not in headers
     frame = f"<!doctype html><iframe src={server}/></iframe>"
-    FakeApi.answers["/some/prefix/"] = [(200, {"Content-Type": "text/html"}, frame)]
+    answers["/some/prefix/"] = [HTMLResponse(frame)]
     for site, shown in ((fake_api, False), (f"{server}/metrics", True)):
         page.open(site)
         if shown:  # a page of the same origin, without a policy of its own
@@ -328,10 +316,10 @@ def test_the_policy_lets_the_space_frame_the_page_and_nobody_else(server, fake_a
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width, height", [(360, 740), (1280, 800)])
-def test_both_widths_and_schemes_can_be_read(fake_api, page, width, height, scheme):
+def test_both_widths_and_schemes_can_be_read(fake_api, answers, page, width, height, scheme):
     words = [f"word{n}" for n in range(3)] + ["a" * 150]  # not a space to break it at
     falls = [UNSURE | {"scores": UNSURE["scores"] | {"Sports": 0.1 * n}} for n in range(4)]
-    FakeApi.answers["/some/prefix/predict/batch"] = [(200, {}, {"predictions": falls})]
+    answers["/some/prefix/predict/batch"] = [JSONResponse({"predictions": falls})]
     page.open(fake_api, width, height, scheme).ask(" ".join(words))
     page.bars()
     below = (

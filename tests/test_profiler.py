@@ -11,18 +11,12 @@ from benchmarks import timeline
 SCRIPT = ROOT / "training" / "train_ddp.py"
 
 
-def flags(backbone, news, folder, *more):
-    words = ["--model", backbone, "--data", news, "--max-eval-samples", 8, "--epochs", 9]
-    words += ["--global-batch-size", 8, "--checkpoint-dir", folder / "checkpoints"]
-    return [SCRIPT, *words, "--profile", folder / "traces", *more]
-
-
 @pytest.fixture(scope="module")
-def traces(tiny_backbone, news_folder, tmp_path_factory):
+def traces(flags, tmp_path_factory):
     """Two ranks, two micro-batches a step."""
     folder = tmp_path_factory.mktemp("profile")
-    more = ["--micro-batch-size", 2, "--max-steps", 15]
-    ranks = run_ranks(2, flags(tiny_backbone, news_folder, folder, *more), folder)
+    run = flags(folder / "c", "--micro-batch-size", 2, "--max-steps", 15)
+    ranks = run_ranks(2, [SCRIPT, *run, "--profile", folder / "traces"], folder)
     assert [rank.status for rank in ranks] == [0, 0], ranks[0].stderr
     return [json.loads((folder / "traces" / f"rank{rank}.json").read_text()) for rank in range(2)]
 
@@ -104,11 +98,12 @@ def test_what_lies_outside_of_computation():
         (["--profile", "/dev/null/x"], "cannot write to /dev/null/x: Not a directory"),
     ],
 )
-def test_what_cannot_be_profiled_is_one_line(tiny_backbone, news_folder, tmp_path, more, said):
-    unfinished = tmp_path / "checkpoints" / "last.pt"
+def test_what_cannot_be_profiled_is_one_line(flags, tmp_path, more, said):
+    unfinished = tmp_path / "c" / "last.pt"
     unfinished.parent.mkdir()
     unfinished.touch()
-    ranks = run_ranks(2, flags(tiny_backbone, news_folder, tmp_path, "--fresh", *more), tmp_path)
+    run = flags(tmp_path / "c", "--fresh", "--profile", tmp_path / "traces", *more)
+    ranks = run_ranks(2, [SCRIPT, *run], tmp_path)
     assert all(rank.status for rank in ranks) and unfinished.exists()
     assert said in ranks[0].stderr and "Traceback" not in ranks[0].stderr
 

@@ -1,8 +1,10 @@
 """Interrupted runs lose nothing: pytest tests/test_resume.py (bits: test_one_order.py)"""
 
+import argparse
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -14,26 +16,23 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import ROOT, environment, run_ranks, train
+from ranks import ROOT, environment, run, run_ranks, train
 
 import checkpoint
 import errors
 
-
-def flags(backbone, news, folder, *more):
-    common = ["--model", backbone, "--data", news, "--checkpoint-dir", folder, "--epochs", 2]
-    common += ["--global-batch-size", 8, "--max-eval-samples", 20]  # 14 steps an epoch
-    return [*map(str, [*common, *more])]
+SINGLE, DDP = (ROOT / "training" / f"train_{name}.py" for name in ("single", "ddp"))
+LONG = ["--epochs", 2000, "--save-every", 10**6]
 
 
 @pytest.fixture(scope="module")
-def stopped_at_5(tiny_backbone, news_folder, tmp_path_factory):
+def stopped_at_5(flags, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
-    run = flags(tiny_backbone, news_folder, folder / "c")
-    (rank,) = train(0, run, folder, 143, STOP_AT_STEP="5")
+    (rank,) = train(0, flags(folder / "c"), folder, 143, STOP_AT_STEP="5")
     assert "saved at step 5; the same command resumes" in rank.stdout
     assert not (folder / "c" / "distilbert_agnews.pt").exists()
     return folder / "c"
@@ -45,9 +44,7 @@ def unfinished(stopped_at_5, tmp_path):
     return shutil.copytree(stopped_at_5, tmp_path / "c")
 
 
-def test_a_changed_recipe_is_named_and_refused_and_last_pt_is_kept(
-    unfinished, tiny_backbone, news_folder, tmp_path
-):
+def test_a_changed_recipe_is_named_and_refused_and_last_pt_is_kept(unfinished, flags, tmp_path):
     before = (unfinished / "last.pt").read_bytes()
     recipe = torch.load(unfinished / "last.pt")["recipe"]
     names = "max-length global-batch-size lr warmup dropout epochs max-steps seed model precision"
@@ -58,35 +55,32 @@ def test_a_changed_recipe_is_named_and_refused_and_last_pt_is_kept(
             checkpoint.CheckpointError, match=f"^[^\n]*{re.escape(name)} [^\n]*--fresh$"
         ):
             checkpoint.read_last(unfinished / "last.pt", recipe | {name: "another"})
-    run = flags(tiny_backbone, news_folder, unfinished, "--max-train-samples", 40)
-    (rank,) = train(0, run, tmp_path, 1)
+    (rank,) = train(0, flags(unfinished, "--max-train-samples", 40), tmp_path, 1)
     assert rank.stderr.startswith("error: ") and rank.stderr.count("\n") == 1
     assert (unfinished / "last.pt").read_bytes() == before
 
 
-def test_another_precision_resumes_and_says_so(unfinished, tiny_backbone, news_folder, tmp_path):
+def test_another_precision_resumes_and_says_so(unfinished, flags, tmp_path):
     state = torch.load(unfinished / "last.pt")
     other = "bf16" if state["recipe"]["--precision"] == "fp32" else "fp32"
-    run = flags(tiny_backbone, news_folder, unfinished, "--precision", other)
-    (rank,) = train(0, run, tmp_path)
+    (rank,) = train(0, flags(unfinished, "--precision", other), tmp_path)
     assert f"at step 5, in {other} instead of" in rank.stdout
 
 
-def test_fresh_starts_over(unfinished, tiny_backbone, news_folder, tmp_path):
-    run = flags(tiny_backbone, news_folder, unfinished, "--fresh", "--lr", "1e-3")
-    (rank,) = train(0, run, tmp_path)
+def test_fresh_starts_over(unfinished, flags, tmp_path):
+    (rank,) = train(0, flags(unfinished, "--fresh", "--lr", "1e-3"), tmp_path)
     assert rank.record["resumed_at"] == [] and len(rank.seen["grads"]) == 28
 
 
 @pytest.mark.parametrize("saved_by, resumed_at", [("this run", [5]), ("another", [])])
 def test_ranks_that_torchrun_restarted_resume_even_with_fresh_what_this_run_saved(
-    unfinished, tiny_backbone, news_folder, tmp_path, saved_by, resumed_at
+    unfinished, flags, tmp_path, saved_by, resumed_at
 ):
     if saved_by == "another":  # and this run died before its first save
         state = torch.load(unfinished / "last.pt")
         torch.save(state | {"launcher": "a host 1"}, unfinished / "last.pt")
-    run = flags(tiny_backbone, news_folder, unfinished, "--fresh")
-    zero, _ = train(2, run, tmp_path, TORCHELASTIC_RESTART_COUNT="1")
+    restarted = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    zero, _ = train(2, flags(unfinished, "--fresh"), tmp_path, **restarted)
     assert zero.record["resumed_at"] == resumed_at
 
 
@@ -101,23 +95,19 @@ def test_a_corrupted_last_pt_is_never_kept_as_the_previous_one(unfinished):
         assert checkpoint.load_checkpoint(whole, checkpoint.LAST_KEYS)["step"] == 5
 
 
-def test_a_run_restarted_after_its_last_save_does_not_train_again(
-    tiny_backbone, news_folder, tmp_path
-):
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 3)
+def test_a_run_restarted_after_its_last_save_does_not_train_again(flags, tmp_path):
+    run = flags(tmp_path / "c", "--max-steps", 3)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "distilbert_agnews.pt").write_bytes(b"an older, corrupted model")
     train(2, run, tmp_path, TORCHELASTIC_RESTART_COUNT="1")  # the first try saved nothing
     before = (tmp_path / "c" / "distilbert_agnews.pt").read_bytes()
-    ranks = run_ranks(
-        2, [ROOT / "training" / "train_ddp.py", *run], tmp_path, TORCHELASTIC_RESTART_COUNT="1"
-    )
+    ranks = run_ranks(2, [DDP, *run], tmp_path, TORCHELASTIC_RESTART_COUNT="1")
     assert [rank.status for rank in ranks] == [0, 0], ranks[0].stderr
     assert (tmp_path / "c" / "distilbert_agnews.pt").read_bytes() == before
 
 
-def test_a_model_that_is_replaced_is_kept_and_named(tiny_backbone, news_folder, tmp_path):
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--max-steps", 1)
+def test_a_model_that_is_replaced_is_kept_and_named(flags, tmp_path):
+    run = flags(tmp_path / "c", "--max-steps", 1)
     train(0, run, tmp_path)
     first = (tmp_path / "c" / "distilbert_agnews.pt").read_bytes()
     (rank,) = train(0, [*run, "--seed", "1"], tmp_path)
@@ -210,11 +200,15 @@ def test_a_tokenizer_folder_may_hold_a_folder(tiny_backbone, tmp_path):
     assert (tmp_path / "tokenizer.previous" / "tokenizer.json").read_text() == "another"
 
 
-def test_the_model_is_saved_when_nobody_reads_the_output(tiny_backbone, news_folder, tmp_path):
-    run = flags(tiny_backbone, news_folder, tmp_path / "a folder")
-    command = [sys.executable, "-u", ROOT / "training" / "train_single.py", *run]
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, env=environment(), **how)
+def start(command: list, folder, stderr=subprocess.STDOUT, stdout=subprocess.PIPE):
+    """The command in the background."""
+    how = {"cwd": folder, "env": environment(NPROC_PER_NODE="2"), "text": True}
+    return subprocess.Popen([*map(str, command)], stdout=stdout, stderr=stderr, **how)
+
+
+def test_the_model_is_saved_when_nobody_reads_the_output(flags, tmp_path):
+    command = [sys.executable, "-u", SINGLE, *flags(tmp_path / "a folder")]
+    process = start(command, tmp_path, stderr=subprocess.PIPE)
     next(line for line in process.stdout if "steps:" in line)
     process.stdout.close()  # `| head`
     assert process.wait(60) == 0, process.stderr.read()
@@ -222,78 +216,64 @@ def test_the_model_is_saved_when_nobody_reads_the_output(tiny_backbone, news_fol
     assert names == {"distilbert_agnews.pt", "tokenizer"}
 
 
-def test_closed_and_narrow_output_do_not_stop_a_run(tiny_backbone, news_folder, tmp_path):
-    folder = news_folder.rename(news_folder.with_name("n\u00e9ws"))
-    try:
-        run = shlex.join(flags(tiny_backbone, folder, tmp_path / "c d", "--max-steps", 2))
-        script = f"{sys.executable} {ROOT}/training/train_single.py {run} 2>&-"
-        how = {"env": environment(PYTHONIOENCODING="ascii"), "capture_output": True, "text": True}
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, **how)
-    finally:
-        folder.rename(news_folder)
+def test_closed_and_narrow_output_do_not_stop_a_run(flags, news_folder, tmp_path):
+    news = shutil.copytree(news_folder, tmp_path / "n\u00e9ws")
+    command = shlex.join(flags(tmp_path / "c d", "--data", news, "--max-steps", 2))
+    command = f"{sys.executable} {SINGLE} {command} 2>&-"
+    done = run(["bash", "-c", command], tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stdout
     assert "n\\xe9ws" in done.stdout and f"CHECKPOINT_DIR='{tmp_path / 'c d'}' " in done.stdout
 
 
-def test_a_folder_that_another_run_uses_is_refused(tiny_backbone, news_folder, tmp_path):
-    class Args:
-        checkpoint_dir, tensorboard, report = tmp_path / "c", None, None
-
-    checkpoint.claim_folders(Args)
-    try:
-        (rank,) = train(0, flags(tiny_backbone, news_folder, tmp_path / "c"), tmp_path, 1)
-    finally:
-        checkpoint.claimed.pop().close()
-    assert f"in use by process {os.getpid()} on " in rank.stderr and rank.stderr.count("\n") == 1
-
-
-def test_a_run_that_waited_for_the_one_before_owns_the_folder(tmp_path):
-    class Args:
-        checkpoint_dir, tensorboard, report = tmp_path / "c", None, None
-
-    checkpoint.claim_folders(Args)
-    (first,) = checkpoint.claimed
-    waiting = threading.Thread(target=checkpoint.claim_folders, args=[Args])
-    waiting.start()
-    time.sleep(0.5)
-    checkpoint.release_folder(tmp_path / "c")  # removes the file that the other waits for
-    first.close()
-    waiting.join()
-    assert not can_claim(tmp_path / "c")
+@pytest.fixture
+def owner(tmp_path):
+    """What a run in this process claims folders with, and the lock that it holds."""
+    args = argparse.Namespace(checkpoint_dir=tmp_path / "c", tensorboard=None, report=None)
+    checkpoint.claim_folders(args)
+    (lock,) = checkpoint.claimed
+    yield args, lock
+    lock.close()
     checkpoint.claimed.pop().close()
 
 
+def test_a_folder_that_another_run_uses_is_refused(owner, monkeypatch):
+    clock = SimpleNamespace(monotonic=itertools.count(0, 11).__next__)  # seconds; it waits for 10
+    monkeypatch.setattr(checkpoint, "time", clock)
+    said = f"^[^\n]* is in use by process {os.getpid()} on [^\n]*; wait for it[^\n]*$"
+    with pytest.raises(checkpoint.CheckpointError, match=said):
+        checkpoint.claim_folders(owner[0])
+
+
+def test_a_run_that_waited_for_the_one_before_owns_the_folder(owner):
+    args, lock = owner
+    waiting = threading.Thread(target=checkpoint.claim_folders, args=[args])
+    waiting.start()
+    time.sleep(0.5)
+    checkpoint.release_folder(args.checkpoint_dir)  # removes the file that the other waits for
+    lock.close()
+    waiting.join()
+    assert not can_claim(args.checkpoint_dir)
+
+
 @pytest.mark.parametrize("flag", ["--checkpoint-dir", "--tensorboard", "--report"])
-def test_what_cannot_be_written_is_refused_before_the_first_step(
-    tiny_backbone, news_folder, tmp_path, flag
-):
+def test_what_cannot_be_written_is_refused_before_the_first_step(flags, tmp_path, flag):
     (tmp_path / "file").write_text("a file, not a folder")
     path = tmp_path / "file" / "below" if flag == "--report" else tmp_path / "file"
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", flag, path)
-    (rank,) = run_ranks(1, [ROOT / "training" / "train_ddp.py", *run], tmp_path)
+    (rank,) = run_ranks(1, [DDP, *flags(tmp_path / "c", flag, path)], tmp_path)
     assert rank.status == 1 and rank.stdout == ""
     assert rank.stderr.startswith("error: cannot write to ") and rank.stderr.count("\n") == 1
     if flag == "--report":
-        run = flags(tiny_backbone, news_folder, tmp_path / "c", flag, tmp_path)
-        (rank,) = run_ranks(1, [ROOT / "training" / "train_ddp.py", *run], tmp_path)
+        (rank,) = run_ranks(1, [DDP, *flags(tmp_path / "c", flag, tmp_path)], tmp_path)
         assert rank.stderr == f"error: --report {tmp_path} is a folder; expected a file's name\n"
 
 
-def start(script, folder, backbone, news, out):
+def start_long(script, flags, folder, out):
     """A long run in the background; returns its process once it has trained an epoch."""
-    run = flags(backbone, news, folder, "--epochs", 2000, "--save-every", 1000000)
-    command = ["bash", ROOT / "training" / "run_ddp.sh", *run]
-    if script == "train_single.py":
-        command = [sys.executable, ROOT / "training" / script, *run]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        cwd=folder.parent,
-        env=environment(NPROC_PER_NODE="2"),
-        stdout=out,
-        stderr=subprocess.STDOUT,
-    )
+    program = "bash" if script == "run_ddp.sh" else sys.executable
+    command = [program, ROOT / "training" / script, *flags(folder / "c", *LONG)]
+    process = start(command, folder, stdout=out)
     until = time.monotonic() + 90
-    while "epoch 2:" not in (folder.parent / "out").read_text() and time.monotonic() < until:
+    while "epoch 2:" not in (folder / "out").read_text() and time.monotonic() < until:
         time.sleep(0.1)
     return process
 
@@ -310,11 +290,11 @@ def start(script, folder, backbone, news, out):
     ],
 )
 def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(
-    tiny_backbone, news_folder, tmp_path, script, name
+    flags, tmp_path, script, name
 ):
     number = getattr(signal, name)
     with open(tmp_path / "out", "w") as out:
-        process = start(script, tmp_path / "c", tiny_backbone, news_folder, out)
+        process = start_long(script, flags, tmp_path, out)
         saved = (tmp_path / "c" / "last.pt").stat().st_mtime
         os.kill(process.pid, number)
         assert process.wait(30) == 128 + number
@@ -324,19 +304,8 @@ def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(
     assert (tmp_path / "c" / "last.pt").stat().st_mtime > saved
 
 
-def test_ctrl_c_that_also_ends_the_reader_of_its_output_still_saves(
-    tiny_backbone, news_folder, tmp_path
-):
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--epochs", 2000, "--save-every", 10**6)
-    command = [sys.executable, ROOT / "training" / "train_single.py", *run]
-    process = subprocess.Popen(
-        [*map(str, command)],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def test_ctrl_c_that_also_ends_the_reader_of_its_output_still_saves(flags, tmp_path):
+    process = start([sys.executable, SINGLE, *flags(tmp_path / "c", *LONG)], tmp_path)
     next(line for line in process.stdout if "epoch 2:" in line)
     saved = (tmp_path / "c" / "last.pt").stat().st_mtime
     process.stdout.close()  # `| tee log`
@@ -346,11 +315,9 @@ def test_ctrl_c_that_also_ends_the_reader_of_its_output_still_saves(
 
 
 @pytest.mark.parametrize("script", ["train_single.py", "run_ddp.sh"])
-def test_repeated_ctrl_c_ends_soon_and_leaves_a_whole_last_pt(
-    tiny_backbone, news_folder, tmp_path, script
-):
+def test_repeated_ctrl_c_ends_soon_and_leaves_a_whole_last_pt(flags, tmp_path, script):
     with open(tmp_path / "out", "w") as out:
-        process = start(script, tmp_path / "c", tiny_backbone, news_folder, out)
+        process = start_long(script, flags, tmp_path, out)
         for _ in range(5):
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGINT)
@@ -374,9 +341,8 @@ def can_claim(folder) -> bool:
     return True
 
 
-def test_a_gradient_that_is_not_finite_is_never_saved(tiny_backbone, news_folder, tmp_path):
-    run = flags(tiny_backbone, news_folder, tmp_path / "c", "--save-every", 1)
-    (rank,) = train(0, run, tmp_path, 1, FAULT="nan")
+def test_a_gradient_that_is_not_finite_is_never_saved(flags, tmp_path):
+    (rank,) = train(0, flags(tmp_path / "c", "--save-every", 1), tmp_path, 1, FAULT="nan")
     assert "grad_norm is nan at step 3" in rank.stderr and "--lr" in rank.stderr
     state = checkpoint.load_checkpoint(tmp_path / "c" / "last.pt", checkpoint.LAST_KEYS)
     assert state["step"] == 2

@@ -59,11 +59,10 @@ def test_no_script_edits_sys_path_and_training_imports_nothing_from_the_other_fo
         ("training", ["bash", "run_ddp.sh"]),
     ],
 )
-def test_every_documented_way_to_start_works(tiny_backbone, news_folder, tmp_path, cwd, command):
+def test_every_documented_way_to_start_works(flags, tmp_path, cwd, command):
     (tmp_path / "repo").mkdir()
     subprocess.run(["cp", "-r", ROOT / "training", tmp_path / "repo"], check=True)
-    flags = ["--model", tiny_backbone, "--data", news_folder, "--max-steps", 2]
-    flags += ["--max-eval-samples", 8, "--global-batch-size", 8, "--checkpoint-dir", tmp_path / "c"]
-    done = run(command + flags, tmp_path / "repo" / cwd, as_user=True, NPROC_PER_NODE="2")
+    command = [*command, *flags(tmp_path / "c", "--max-steps", 2)]
+    done = run(command, tmp_path / "repo" / cwd, as_user=True, NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c" / "distilbert_agnews.pt").exists()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from ranks import ROOT, environment, run
+from ranks import ROOT, environment, run, run_ranks
 
 # the first host has the higher address: it holds rank 0 because of NODE_RANK, not of its address
 NAMES, ADDRESSES = ("distrinews0", "distrinews1"), ("10.77.0.2", "10.77.0.1")
@@ -52,12 +52,6 @@ def kill_host(host: int) -> None:
     subprocess.run(["kill", "-9", *ip("netns", "pids", NAMES[host]).split()], capture_output=True)
 
 
-def flags(backbone, news, *more):
-    fixed = ["--model", backbone, "--data", news, "--epochs", 2, "--global-batch-size", 8]
-    fixed += ["--save-every", 2, "--max-eval-samples", 20, "--checkpoint-dir", "c"]
-    return [*map(str, [*fixed, *more])]
-
-
 def start(folder, host: int, arguments, **extra) -> subprocess.Popen:
     """The README's command on one of the hosts; each has its own folder, as hosts have."""
     cwd = folder / f"host{host}"
@@ -86,25 +80,21 @@ def weights(folder):
     return torch.load(folder / "c" / "distilbert_agnews.pt")["model"]
 
 
-def test_two_hosts_end_with_the_bits_of_one_with_as_many_processes(
-    network, tiny_backbone, news_folder, tmp_path
-):
-    arguments = flags(tiny_backbone, news_folder)
+def test_two_hosts_end_with_the_bits_of_one_with_as_many_processes(network, flags, tmp_path):
+    arguments = flags("c", "--save-every", 2)
     hosts = [start(tmp_path, host, arguments, TIMEOUT="60") for host in (1, 0)]
     assert finish(hosts) == [0, 0], log(tmp_path, 0)
     assert not (tmp_path / "host1" / "c").exists()  # NODE_RANK=0 holds rank 0, which alone saves
-    env = environment(NPROC_PER_NODE="4")
-    subprocess.run(["bash", LAUNCHER, *arguments], cwd=tmp_path, env=env, check=True)
+    ranks = run_ranks(4, [ROOT / "training" / "train_ddp.py", *arguments], tmp_path)
+    assert {rank.status for rank in ranks} == {0}, ranks[0].stderr
     two, one = weights(tmp_path / "host0"), weights(tmp_path)
     assert all(torch.equal(two[name], one[name]) for name in one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["partition", "power cut", "SIGTERM"])
-def test_both_hosts_end_together_and_the_same_command_resumes(
-    network, tiny_backbone, news_folder, tmp_path, fault
-):
-    arguments = flags(tiny_backbone, news_folder, "--epochs", 100, "--max-steps", 80)
+def test_both_hosts_end_together_and_the_same_command_resumes(network, flags, tmp_path, fault):
+    arguments = flags("c", "--save-every", 2, "--epochs", 100, "--max-steps", 80)
     hosts = [start(tmp_path, host, arguments) for host in range(2)]
     last = tmp_path / "host0" / "c" / "last.pt"
     until = time.monotonic() + 90

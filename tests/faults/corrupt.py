@@ -11,7 +11,6 @@ import json
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -22,7 +21,7 @@ import torch
 from benchmarks.figures import record_header, write_record
 from inference.model_loader import LoadError, torch_engine
 from tests import fakes
-from tests.ranks import environment
+from tests.ranks import run
 from training import checkpoint
 
 WAYS = ("truncated", "flipped", "zeroed", "swapped", "older", "code")
@@ -43,13 +42,7 @@ def unfinished(folder: Path, backbone: Path, news: Path) -> None:
     code += "import train_single; train_single.main()"
     flags = f"--model {backbone} --data {news} --checkpoint-dir {folder} --max-steps 8 "
     flags += "--save-every 2 --epochs 2 --global-batch-size 8"
-    subprocess.run(
-        [sys.executable, "-c", code, *flags.split()],
-        cwd=folder.parent,
-        env=environment(),
-        check=True,
-        capture_output=True,
-    )
+    run([sys.executable, "-c", code, *flags.split()], folder.parent).check_returncode()
 
 
 def corrupt(path: Path, other: Path, way: str, chance: random.Random, trace: Path) -> str:

@@ -16,10 +16,12 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
+import psutil
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -62,12 +64,11 @@ class Client:
 
 
 def resident_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+    return psutil.Process(pid).memory_info().rss / 2**20
 
 
 def p99_ms(seconds: list[float]) -> float:
-    return 1e3 * sorted(seconds)[int(0.99 * len(seconds))]
+    return 1e3 * float(np.percentile(seconds, 99))
 
 
 @asynccontextmanager
@@ -86,10 +87,8 @@ async def health_asked(port: int):
     task = asyncio.create_task(watch())
     yield seconds
     task.cancel()
-    try:
+    with suppress(asyncio.CancelledError):
         await task
-    except asyncio.CancelledError:
-        pass
 
 
 async def load(port, pid, texts, expected, count, tolerance) -> dict:
@@ -199,22 +198,17 @@ async def hostile(port, requests, bodies) -> dict:
         finally:
             writer.close()
 
-    fuzzed = []
+    any_json = st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+    text = st.builds(lambda text: {"text": text}, st.text())
+    any_body = st.binary(max_size=300) | (any_json | text).map(lambda x: json.dumps(x).encode())
+    fuzzed, silent = [], list(HealthCheck)
 
     @seed(0)
-    @settings(
-        max_examples=bodies, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(
-        st.one_of(
-            st.binary(max_size=300),
-            st.recursive(
-                st.none() | st.booleans() | st.floats() | st.text(),
-                lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-            ).map(lambda value: json.dumps(value).encode()),
-            st.text().map(lambda text: json.dumps({"text": text}).encode()),
-        )
-    )
+    @settings(max_examples=bodies, deadline=None, database=None, suppress_health_check=silent)
+    @given(any_body)
     def fuzz(body):
         fuzzed.append(body)
 
@@ -317,24 +311,16 @@ def main() -> None:
     checkpoints = args.checkpoint_dir.resolve()
     with process(checkpoints, "--no-access-log", ENGINE=args.engine) as (url, master):
         found = asyncio.run(attack(urlsplit(url).port, master, texts, expected, args))
-    record = (
-        header
-        | {
-            "engine": args.engine,
-            "texts": f"folder {Path(folder).name}" if folder else "sample",
-            "model": classifier.info["backbone"],
-        }
-        | found
-    )
+    header |= {"engine": args.engine, "model": classifier.info["backbone"]}
+    header["texts"] = f"folder {Path(folder).name}" if folder else "sample"
     if args.out:
-        write_record(args.out, record)
-    down = record["going_down"]
+        write_record(args.out, header | found)
     good = (
-        all(off < ANOTHER_TEXT for _, off in record["load"]["wrong"])
-        and record["load"]["answered_once"] == args.requests
-        and set(record["overload"]["statuses"]) <= {"200", "429"}
-        and not record["hostile"]["server_errors"]
-        and down["answered"] == down["asked"]
+        all(off < ANOTHER_TEXT for _, off in found["load"]["wrong"])
+        and found["load"]["answered_once"] == args.requests
+        and set(found["overload"]["statuses"]) <= {"200", "429"}
+        and not found["hostile"]["server_errors"]
+        and found["going_down"]["answered"] == found["going_down"]["asked"]
     )
     sys.exit(not good)
 
