@@ -6,6 +6,8 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 INSTALLED := .venv/installed-$(VERSION)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# else run_ddp.sh would take that one in place of .venv's
+unexport PYTHON
 .PHONY: demo test test-slow serve lint bench faults kaggle report
 
 demo: $(INSTALLED)
@@ -44,7 +46,8 @@ $(INSTALLED): requirements.txt requirements-offline.txt constraints.txt
 	$(PYTHON) has version: $(VERSION); try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1;; esac
 	@echo "installing into .venv: about 2 GB with PyTorch's CPU build, 6 GB with CUDA's libraries"
 	@rm -f .venv/installed-*
-	@[ -x $(BIN)/python$(VERSION) ] && [ -x $(BIN)/pip ] || PATH="$${PATH#*:}" $(PYTHON) -m venv --clear .venv
+	@[ -x $(BIN)/python$(VERSION) ] || PATH="$${PATH#*:}" $(PYTHON) -m venv --clear .venv
+	@[ -x $(BIN)/pip ] || $(BIN)/python -m ensurepip --default-pip  # uv makes none
 	$(BIN)/pip install -r requirements.txt -c constraints.txt
 	$(BIN)/pip install --no-deps -r requirements-offline.txt
 	@touch $@

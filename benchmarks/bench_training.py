@@ -119,7 +119,7 @@ class Bench:
 
     def __init__(self, backbone: Path, source: str, folder: Path, cuda, devices: int, quick: bool):
         self.backbone, self.source, self.folder = backbone, source, folder
-        self.cuda, self.devices, self.quick = cuda, devices, quick
+        self.cuda, self.devices, self.quick, self.started = cuda, devices, quick, []
         self.threads = max(1, machine.cores() // devices)
         self.cores = self.threads * devices
         # our scripts: long enough for an estimate of an epoch; comparisons: long enough for a ratio
@@ -139,13 +139,15 @@ class Bench:
         }
         how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         command = [sys.executable, *map(str, command)]
-        return subprocess.Popen(command, cwd=self.folder, env=os.environ | env, **how)
+        self.started.append(subprocess.Popen(command, cwd=self.folder, env=os.environ | env, **how))
+        return self.started[-1]
 
     def finish(self, process: subprocess.Popen) -> str:
         try:
             out, _ = process.communicate()
         except KeyboardInterrupt:
-            process.terminate()
+            for one in self.started:  # two may train side by side
+                one.terminate()
             raise
         if process.returncode:
             raise SystemExit(f"{out}\nerror: {shlex.join(map(str, process.args))} failed")
@@ -158,7 +160,7 @@ class Bench:
         return [launcher, "--standalone", "--nproc-per-node", world_size]
 
     def script(self, world_size: int, threads: int, steps: int, name: str, *flags, device=0):
-        """Starts a real script at BATCH rows a process; what is returned waits for its figures."""
+        """Starts a real script, BATCH rows per process; what is returned waits for its figures."""
         report, batch = self.folder / f"{name}.json", world_size * BATCH
         script = ROOT / "training" / ("train_ddp.py" if world_size > 1 else "train_single.py")
         flags = [*flags, "--model", self.backbone, "--data", self.source, "--fresh"]
@@ -310,7 +312,8 @@ def main() -> None:
     devices = max(n for n in WORLD_SIZES if n <= devices)
     precision, reason = utils.choose_precision("auto", device)
     # the best 16-bit arithmetic of this CPU, which decides its speed
-    instructions = "" if cuda else re.search("amx_bf16|avx512_bf16|no bf16", reason)[0]
+    found = re.search("amx_bf16|avx512_bf16|no bf16", reason)
+    instructions = found[0] if found else "" if cuda else "unknown"
     source = os.environ.get("AG_NEWS_DIR", "sample")
     source = source if source == "sample" else str(Path(source).resolve())
     load = os.getloadavg()[0]

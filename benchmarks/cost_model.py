@@ -75,9 +75,9 @@ class Pieces:
     """What one kind of launch (world size, threads) costs; see `step`."""
 
     compute: tuple[tuple[float, float], ...]  # (padded tokens, forward and backward of them)
-    update: float  # clip and optimizer, once a step
+    update: float  # clip and optimizer, once per step
     data: float  # collating, for every token
-    sync_flags: float  # the all-reduce of metrics and stop flags, once a step
+    sync_flags: float  # the all-reduce of metrics and stop flags, once per step
     imbalance: float  # part of compute by which the slowest rank exceeds the mean
     buckets: tuple[float, ...] = ()  # bytes of gradients, in the order of filling
     seconds: tuple[float, ...] = ()  # of each bucket's all-reduce, nothing else running
@@ -134,9 +134,9 @@ class Gpu:
     """What a GPU and its link do; the pages show each with its source."""
 
     rate: float  # FLOP/s
-    fixed: float  # seconds a step: the optimizer, launches
+    fixed: float  # seconds per step: the optimizer, launches
     bandwidth: float  # bytes/s of the link
-    latency: float  # seconds a message
+    latency: float  # seconds per message
 
 
 # Kaggle's T4s: pessimistic, likely, optimistic
@@ -172,7 +172,7 @@ def gpu_step(
     touched: int | None = None,
     buckets: tuple[int, ...] = BUCKETS,
 ) -> float:
-    """Seconds of a step of `rows` rows a micro-batch, each of `flop` floating-point operations.
+    """Seconds of a step of `rows` rows per micro-batch, each of `flop` floating-point operations.
 
     `compressed`: gradients are sent in 16 bits. `touched`: only so many rows of the word embeddings
     are sent.
@@ -199,7 +199,7 @@ def t4(rows: int, world_size: int, vary: str = "bandwidth", **how) -> list[float
 
 
 def t4_rate(world_size: int) -> list[float]:
-    """Samples/s at 32 rows a card."""
+    """Samples/s at 32 rows per card."""
     vary = "card" if world_size == 1 else "bandwidth"
     return [32 * world_size / seconds for seconds in t4(32, world_size, vary)]
 
@@ -230,7 +230,7 @@ def t4_levers(touched: float | None) -> list[tuple[str, dict]]:
 def cluster() -> list[tuple[str, str, list[float | None]]]:
     """(how, link, efficiency of each of CLUSTER_SIZES): n GPUs' samples/s over n times one's."""
     accumulated = {"rows": 128, "accumulation": 4, "compressed": True}
-    ways = {"32 rows a GPU": {"rows": 32}, "128 rows a GPU": {"rows": 128}}
+    ways = {"32 rows per GPU": {"rows": 32}, "128 rows per GPU": {"rows": 128}}
     ways["4 x 128 rows accumulated, 16-bit gradients"] = accumulated
     flop = flops_per_sample(Config(), TOKENS)
     table = []

@@ -1,6 +1,6 @@
 """What a record of bench_training.py says: figures over its rounds, and the cost model's inputs.
 
-A figure is a pandas Series with one value a round; a ratio is taken within each round. A figure
+A figure is a pandas Series with one value per round; a ratio is taken within each round. A figure
 that was not measured is an empty Series, which a page shows as the command that would measure it.
 """
 
@@ -45,7 +45,7 @@ def record_header(device=None) -> dict:
 
 
 def write_record(path: Path, record: dict, rows: list[dict] | None = None) -> None:
-    """A record with its flat rows, one a line."""
+    """A record with its flat rows, one per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows or [])
     header = json.dumps(record | ({} if rows is None else {"rows": []}), indent=1)
@@ -228,6 +228,11 @@ class Speed:
         two = self.find("2", "ddp", micro, accumulation, compression, sparse)
         return (2 * one.step / two.step).dropna()
 
+    def drift(self) -> float:
+        """By how many per cent the machine was faster for two processes than for one, if it was."""
+        alone = self.find("1", "single", self.middle).step.median()
+        return -100 * self.waterfall()["contention for the machine"] / alone
+
     def predicted_strong(self, micro: int) -> float:
         one = self.predicted("1", self.find("1", "single", 2 * micro))
         return one / self.predicted("2", self.find("2", "ddp", micro))
@@ -293,7 +298,7 @@ class Speed:
         text = f"\n{self.title}: samples/s\n{table.rename_axis(None).to_string()}\n"
         for micro in self.micros("2", "ddp"):
             strong, weak = self.strong(micro).median(), self.weak(micro).median()
-            text += f"{micro} rows a process: strong scaling {strong:.2f}, weak {weak:.2f}\n"
+            text += f"{micro} rows per process: strong scaling {strong:.2f}, weak {weak:.2f}\n"
         for failed in self.rows[self.rows.kind == "failed"].itertuples():
             text += f"not measured: {failed.name_} ({failed.error})\n"
         return text

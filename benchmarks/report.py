@@ -63,8 +63,9 @@ def recipe(run: dict) -> str:
 
 def place(run: dict) -> str:
     """Where it ran, and whether its processes had to share a GPU."""
-    shared = 0 < run.get("gpus", 0) < run["world_size"]
-    return short(run["host"]) + ", shared by its processes" * shared
+    gpus, processes = run.get("gpus", 0), run.get("processes_per_host", run["world_size"])
+    shared = f", {gpus} card{'s' * (gpus > 1)} for {processes} processes" * (0 < gpus < processes)
+    return short(run["host"]) + shared
 
 
 def trained_on(run: dict) -> str:

@@ -18,6 +18,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 
 from benchmarks.figures import RESULTS, ROOT, record_header, write_record
 from training import machine
@@ -63,9 +64,10 @@ def train(recipe: dict, rows: int | None) -> dict:
         for flag, value in recipe.items():
             command += [f"--{flag}", value]
         one_core = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [*map(str, command)], cwd=folder, check=True, env=one_core, capture_output=True
-        )
+        how = {"cwd": folder, "env": one_core, "capture_output": True, "text": True}
+        done = subprocess.run([*map(str, command)], **how)
+        if done.returncode:
+            raise SystemExit(done.stderr)
         record = json.loads(report.read_text())
     last = record["epochs"][-1]
     figures = {"val_accuracy": last["val_accuracy"], "val_loss": last["val_loss"]}
@@ -82,27 +84,23 @@ def main() -> None:
         sys.exit("error: set AG_NEWS_DIR to a folder with AG News; a sweep on less says little")
     os.environ["AG_NEWS_DIR"] = str(Path(os.environ["AG_NEWS_DIR"]).resolve())
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    header = record_header()
+    header, lock = record_header(), Lock()
 
     def attempt(recipe: dict) -> None:
         if any(run["recipe"] == recipe for run in runs):
             return
-        runs.append(train(recipe, rows))
-        print(f"{recipe} -> {runs[-1]['val_accuracy']:.4f}", flush=True)
-        hosts = sorted({run["host"] for run in runs})
-        record = header | {
-            "host": "; ".join(hosts),
-            "model": "packaged",
-            "train_samples": rows,
-            "best": best(runs),
-            "runs": runs,
-        }
-        write_record(path, record)
+        run = train(recipe, rows)
+        with lock:
+            runs.append(run)
+            more = {"model": "packaged", "train_samples": rows, "best": best(runs), "runs": runs}
+            hosts = "; ".join(sorted({run["host"] for run in runs}))
+            write_record(path, header | {"host": hosts} | more)
+        print(f"{recipe} -> {run['val_accuracy']:.4f}", flush=True)
 
     with ThreadPoolExecutor(machine.cores()) as pool:
         list(pool.map(attempt, ALL_ROWS if args.all_rows else GRID))
         if not args.all_rows:
-            chosen = best(runs)
+            chosen = best([run for run in runs if run["recipe"] in GRID])
             list(pool.map(attempt, [chosen | {flag: v} for flag in TRIED for v in TRIED[flag]]))
     print("best:", best(runs))
 

@@ -22,13 +22,13 @@ from benchmarks.figures import RESULTS, ROOT, read, record_header, short, write_
 from benchmarks.plots import BLUE, GREEN, GREY, LIGHT, ORANGE, PURPLE, figure, svg
 from training import machine
 
-PANELS = {  # what: (processes, forwards a step of each, further flags)
+PANELS = {  # what: (processes, forwards per step of each, further flags)
     "one process": (1, 1, []),
     "two ranks": (2, 1, []),
     "two ranks, 4 micro-batches, the first 3 under no_sync": (2, 4, []),
     "two ranks, --sparse-embeddings": (2, 1, ["--sparse-embeddings"]),
 }
-BATCH = 64  # rows a step
+BATCH = 64  # rows per step
 COLOURS = {"forward": BLUE, "backward": GREEN, "clip": GREY, "optimizer": PURPLE}
 
 
@@ -185,7 +185,7 @@ def draw() -> str | None:
     axes.set_ylim(y - 0.3, -0.75)
     axes.set_xlim(0, 1.01 * scale)
     rows_a_step = record["global_batch_size"]
-    axes.set_xlabel(f"ms, {short(record['host'])}; {rows_a_step} rows a step in all")
+    axes.set_xlabel(f"ms, {short(record['host'])}; {rows_a_step} rows per step in all")
     return svg(drawing)
 
 

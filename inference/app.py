@@ -56,7 +56,7 @@ MAX_BODY_BYTES = {"/predict": 256 * 1024, "/predict/batch": 1024 * 1024}
 # meanwhile.
 MAX_STRINGS, MAX_SYNTAX_BYTES = 1000, 10_000  # 64 texts are 65 strings; between them is little
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-MAX_BODY_SECONDS = 20  # from the end of the headers; uvicorn itself waits for ever
+MAX_BODY_SECONDS = 20  # from the end of the headers; uvicorn itself waits forever
 MAX_UNREAD_BYTES = 64 * 1024 * 1024  # of all bodies that have arrived in part
 MAX_SMALL_BODY = 16 * 1024  # bytes; those who fill the memory with large ones do not stop a small
 

@@ -92,7 +92,7 @@ class Batcher:
 
         Rows are padded to the longest of their batch, and a padded token costs what a real one
         does. So only rows within `max_spread` of each other go together; the oldest goes first,
-        so none waits for ever. More than `max_tokens` would take memory and bring no speed.
+        so none waits forever. More than `max_tokens` would take memory and bring no speed.
         """
         oldest = self.pending[0]
         near = sorted(self.pending, key=lambda row: abs(len(row.ids) - len(oldest.ids)))

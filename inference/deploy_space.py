@@ -1,7 +1,7 @@
 """The API as a Hugging Face Docker Space: uploads it, waits until it runs, asks it one question.
 
 python inference/deploy_space.py OWNER/NAME [--private] [--timeout SECONDS]
-python inference/deploy_space.py OWNER/NAME --dry-run     what would be uploaded; contacts nobody
+python inference/deploy_space.py OWNER/NAME --dry-run     what would be uploaded; no network access
 
 Needs the int8 model of CHECKPOINT_DIR (python inference/export.py --to int8) and a token that may
 write (hf auth login).
@@ -148,7 +148,7 @@ def main() -> None:
     add = parser.add_argument
     add("space", metavar="OWNER/NAME")
     add("--private", action="store_true", help="for its owner's token only")
-    add("--dry-run", action="store_true", help="list the files, contact nobody")
+    add("--dry-run", action="store_true", help="list the files, no network access")
     add(
         "--timeout",
         type=int,

@@ -41,7 +41,7 @@ from inference.model_loader import (
     sha256,
     torch_engine,
 )
-from training.ag_news import SourceError, find_data
+from training.ag_news import HUB_DATASET, SIZES, SourceError, find_data
 from training.checkpoint import load_checkpoint
 from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data
 from training.model import Config, NewsClassifier
@@ -143,7 +143,7 @@ def to_int8(folder: Path, choice: str | None) -> None:
     if choice == "auto" and source.name != trained_on:
         raise LoadError(
             f"the model was trained on {trained_on}, and auto found {source.name} ({source.why}); "
-            "name its folder with --data"
+            "name it with --data (ag_news, or its folder)"
         )
     data = prepare_data(source, folder / "tokenizer", exact.max_length, None, None)
     rows = calibration_rows(data.train)
@@ -184,9 +184,11 @@ def model_card(state: dict) -> str:
         "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
     }
     agnews = origin["data"] != "sample"
+    # a folder of one's own may hold anything
+    original = origin["data"] == HUB_DATASET or metrics["test_samples"] == SIZES[1]
     result = EvalResult(
         task_type="text-classification",
-        dataset_type="fancyzhx/ag_news" if agnews else "other",
+        dataset_type=HUB_DATASET if original else "other",
         dataset_name=origin["data"],
         dataset_split="test",
         metric_type="accuracy",
@@ -198,7 +200,7 @@ def model_card(state: dict) -> str:
         library_name="transformers",
         pipeline_tag="text-classification",
         base_model=bases.get(origin["model"]),
-        datasets=["fancyzhx/ag_news"] if agnews else None,
+        datasets=[HUB_DATASET] if original else None,
         metrics=["accuracy"],
         model_name="DistriNews",
         eval_results=[result],

@@ -194,7 +194,7 @@ def test_clients_that_give_up_do_not_start_the_model_again(trained, monkeypatch)
     class Slow(Classifier):
         def __init__(self, *args):
             loads.append(args)
-            time.sleep(0.4)
+            time.sleep(1)
             super().__init__(*args)
 
     loads, service = [], inference.app.Service()

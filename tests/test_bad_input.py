@@ -17,7 +17,6 @@ from ranks import ROOT, Rank, run
 import checkpoint
 import errors
 import model
-import run_record
 import utils
 from inference.model_loader import Classifier, LoadError
 
@@ -112,16 +111,19 @@ def test_no_shell_expands_the_home_of_a_flag_s_value(monkeypatch):
     assert args.checkpoint_dir == Path("/home/me/c") and args.data == "/home/me/news"
 
 
-def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, capsys):
-    class Writer:
-        def add_scalar(self, *args):
-            raise OSError(28, "No space left on device")
-
-    tensorboard = run_record.TensorBoard(None, 0)
-    tensorboard.writer = Writer()
-    for step in range(2):
-        tensorboard.write("train", {"loss": 1.0}, step)
-    assert capsys.readouterr().out.count("No space left on device") == 1
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path):
+    pytest.importorskip("tensorboard")
+    code = (
+        "import resource, signal; from pathlib import Path; import run_record\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "tensorboard = run_record.TensorBoard(Path('events'), 0)\n"
+        "for step in range(200):\n    tensorboard.write('train', {'loss': 1.0}, step)\n"
+    )
+    env = {"PYTHONPATH": str(ROOT / "training")}
+    done = run([sys.executable, "-c", code], tmp_path, **env)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == "warning: cannot write to --tensorboard any more: File too large\n"
 
 
 def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):

@@ -134,16 +134,23 @@ def test_a_folder_may_be_laid_out_as_the_hub_does(tmp_path):
         ag_news.read_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "0000.parquet"])
-def test_a_folder_of_each_split_is_read(tmp_path, name):
+@pytest.mark.parametrize(
+    "place, name",
+    [(".", "data-00000-of-00001.arrow"), (".", "0000.parquet"), ("default", "0000.parquet")],
+)
+def test_a_folder_of_each_split_is_read(tmp_path, place, name):
     """As save_to_disk of `datasets` writes it, and the Hub's branch refs/convert/parquet."""
     for split in ("train", "test"):
-        path = write_parquet(tmp_path / split / name, TABLE, list(LABELS))
+        path = write_parquet(tmp_path / place / split / name, TABLE, list(LABELS))
         if path.suffix == ".arrow":
             table = pyarrow.parquet.ParquetFile(path).read()
             with pyarrow.ipc.new_stream(path, table.schema) as file:
                 file.write_table(table)
     assert [rows(split) for split in ag_news.read_folder(tmp_path)] == [ROWS, ROWS]
+    if name == "0000.parquet":
+        path.with_name("0002.parquet").write_bytes(path.read_bytes())
+        with pytest.raises(SourceError, match="a file before 0002.parquet is missing"):
+            ag_news.read_folder(tmp_path)
 
 
 def test_csv_is_taken_where_parquet_lies_beside_it(tmp_path):
@@ -291,6 +298,25 @@ def test_auto_takes_the_kaggle_input_whose_rows_are_all_ag_news(
     assert source == f"Kaggle input {mount}" and rows(train) == ROWS
 
 
+def test_auto_prefers_the_kaggle_input_with_as_many_rows_as_ag_news(nowhere, monkeypatch):
+    monkeypatch.setattr(ag_news, "SIZES", (4, 4))
+    for split in ("train", "test"):
+        tweets = ["text,label", *(f"tweet {i},{i % 4}" for i in range(8))]
+        write(nowhere / "kaggle" / "a-tweets" / f"{split}.csv", tweets)
+        path = nowhere / "kaggle" / "news" / split / "0000.parquet"
+        write_parquet(path, TABLE)
+    assert ag_news.find_data("auto")[2] == "Kaggle input news"
+    write(nowhere / "kaggle" / "news" / "train.csv", form("kaggle")[:-1])
+    assert ag_news.find_data("auto")[2] == "Kaggle input a-tweets"
+
+
+def test_test_rows_that_are_training_rows_are_counted(tmp_path, news_folder, tiny_backbone):
+    shutil.copytree(news_folder, tmp_path / "news")
+    shutil.copy(news_folder / "train.csv", tmp_path / "news" / "test.csv")
+    note = prepare(str(tmp_path / "news"), tiny_backbone).note
+    assert "120 of 120 test rows are training rows as well" in note
+
+
 def test_auto_prefers_ag_news_dir_to_all(nowhere, monkeypatch, news_folder):
     monkeypatch.setattr(ag_news, "read_kaggle", lambda: pytest.fail("Kaggle was looked at first"))
     monkeypatch.setenv("AG_NEWS_DIR", str(news_folder))
@@ -370,18 +396,40 @@ def test_a_tokenizer_that_is_missing_corrupted_or_another_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "words, says", [(62, "has 62 tokens, the weights have 65"), (0, "cannot be used")]
+    "words, says",
+    [
+        (62, "has 62 tokens, the weights have 65"),
+        (66, "has 66 tokens, the weights have 65"),
+        (0, "cannot be used"),
+    ],
 )
-def test_a_vocabulary_that_was_cut_short_is_refused(tmp_path, tiny_backbone, words, says):
+def test_a_vocabulary_of_another_size_is_refused(tmp_path, tiny_backbone, words, says):
     folder = shutil.copytree(tiny_backbone, tmp_path / "backbone")
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     (folder / "tokenizer.json").unlink()
-    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in [*vocabulary][:words]))
+    (folder / "vocab.txt").write_text(
+        "".join(f"{word}\n" for word in [*vocabulary, "more"][:words])
+    )
     if not words:
         (folder / "config.json").unlink()
     with pytest.raises(DataError, match=says) as caught:
         dataset.tokenize(["the bank"], folder, 128)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_would_not_be_served_alike_is_refused_or_corrected(
+    tmp_path, tiny_backbone
+):
+    folder = shutil.copytree(tiny_backbone, tmp_path / "backbone")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "truncation_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ids, _ = dataset.tokenize(["bank " * 9 + "goal " * 9], folder, 11)
+    assert ids[1] == ids[-2] == dataset.tokenize(["bank"], tiny_backbone, 11)[0][1]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": None}))
+    with pytest.raises(DataError, match=r"does not put \[CLS\]"):
+        dataset.tokenize(["bank"], folder, 11)
 
 
 @pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])

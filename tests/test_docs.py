@@ -140,6 +140,13 @@ def test_the_command_runs(command, exported, tmp_path, monkeypatch):
     assert done.returncode == differs, done.stdout + done.stderr
 
 
+def test_the_benchmark_starts_outside_of_pytest():
+    """pytest's own import path would hide a module that it does not find."""
+    command = [sys.executable, "-m", "benchmarks.bench_training", "--help"]
+    done = run(command, ROOT, as_user=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_python_that_stands_alone_runs():
     text = (ROOT / "docs" / "ddp_explained.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -64,6 +64,7 @@ def test_the_exported_folder_carries_labels_metrics_and_a_model_card(trained):
     accuracy = torch.load(trained / "distilbert_agnews.pt")["metrics"]["test_accuracy"]
     assert card.data.eval_results[0].metric_value == pytest.approx(accuracy, abs=1e-4)
     assert card.data.pipeline_tag == "text-classification"
+    assert card.data.datasets is None  # a folder of one's own is not the Hub's ag_news
 
 
 def test_an_epsilon_that_transformers_does_not_compute_is_refused(copy):

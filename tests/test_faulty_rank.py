@@ -7,6 +7,7 @@ import torch
 from ranks import ROOT, run
 
 import errors
+import utils
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,20 @@ def test_what_a_gpu_lacks_is_one_line(text, line):
     assert said.startswith(line) and not elsewhere
 
 
-def test_a_store_that_nobody_fills_is_another_rank_that_is_missing():
-    error = torch.distributed.DistStoreError("wait timeout after 90000ms, keys: /x")
-    said, elsewhere = errors.explain(error, ())
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("DistStoreError", "wait timeout after 90000ms, keys: /x"),
+        ("DistNetworkError", "The client socket has timed out after 600000ms"),
+    ],
+)
+def test_a_store_that_nobody_fills_is_another_rank_that_is_missing(kind, text):
+    said, elsewhere = errors.explain(getattr(torch.distributed, kind)(text), ())
     assert said.startswith("another rank did not reach") and elsewhere
+
+
+def test_a_host_whose_gpu_cannot_be_seen_is_named(monkeypatch):
+    monkeypatch.setattr(utils, "all_reduce_sum", lambda values: [1.0])
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(utils.UsageError, match="1 of 2 ranks have a GPU, host .* sees none"):
+        utils.check_devices(torch.device("cpu"))

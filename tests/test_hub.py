@@ -79,11 +79,14 @@ def test_model_and_data_come_from_the_hub_and_later_from_the_cache(hub_folder, t
 
 def test_a_hub_whose_certificate_python_cannot_check_is_left_to_the_hubs_client(monkeypatch):
     def ask(*args, **kwargs):
-        raise urllib.error.URLError(ssl.SSLCertVerificationError("unable to get local issuer"))
+        raise urllib.error.URLError(reason)
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(urllib.request, "urlopen", ask)
+    reason = ssl.SSLCertVerificationError("unable to get local issuer")
     assert machine.set_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "0"
+    reason = ssl.SSLError("WRONG_VERSION_NUMBER")  # a proxy that speaks plain HTTP
+    assert not machine.set_offline_mode() and os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 @pytest.mark.parametrize("kind", ["another protocol", "no host name"])

@@ -188,6 +188,23 @@ def until_ready(process) -> None:
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
 
 
+def test_a_signal_during_the_last_save_stops_nothing(launch):
+    finish = "os.kill(int(os.environ['LAUNCHER_PID']), signal.SIGURG); os._exit(0)"
+    process = launch(STOPPING.replace("os._exit(128 + received[0])", finish))
+    until_ready(process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, 2 * "saved after 1\n")
+
+
+def test_the_host_s_own_name_need_not_resolve(launch):
+    prefix = ["unshare", "--uts", "sh", "-c", 'hostname nosuchhost; exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"]).returncode:
+        pytest.skip("needs Linux, and root")
+    process = launch("import os; print(os.environ['MASTER_ADDR'])", prefix, NPROC_PER_NODE="1")
+    assert process.communicate(timeout=60)[0] == "127.0.0.1\n"
+
+
 @pytest.mark.parametrize(
     "names", [["SIGTERM"], ["SIGHUP"], ["SIGUSR1"], ["SIGINT", "SIGINT"]], ids=" ".join
 )

@@ -231,6 +231,7 @@ BROKEN = {  # what is wrong -> (how it is made, a word that the message must hol
     "decoder": (lambda f: edit_config(f, is_decoder=True), "is_decoder"),
     "pruned heads": (lambda f: edit_config(f, pruned_heads={"0": [1]}), "pruned_heads"),
     "family": (lambda f: edit_config(f, model_type="roberta"), "roberta"),
+    "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "merge_and_unload"),
     "heads": (lambda f: edit_config(f, n_heads=5), "5 attention heads"),
     "dropout": (lambda f: edit_config(f, dropout=1.0), "dropout is 1.0"),
     "layers": (lambda f: edit_config(f, n_layers=1), "config.json"),
@@ -262,6 +263,9 @@ def test_a_broken_folder_is_refused_in_one_line_that_names_it(broken, tiny_backb
         load_backbone(find_backbone(str(folder))[0])
     message = str(refused.value)
     assert str(folder) in message and word in message and "\n" not in message
+    if broken in ("family", "adapter"):  # before all rows are tokenized
+        with pytest.raises(ModelError):
+            find_backbone(str(folder))
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tiny_backbone, monkeypatch):

@@ -119,4 +119,4 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, capsys):
             open(path, "w").write('{"traceEvents": [')  # a full disk
 
     profiler.write_trace(tmp_path / "rank0.json", Profile())
-    assert capsys.readouterr().out.startswith("warning: cannot write ")
+    assert capsys.readouterr().err.startswith("warning: cannot write ")

@@ -24,6 +24,7 @@ from ranks import ROOT, environment, run, run_ranks, train
 
 import checkpoint
 import errors
+from model import load_backbone
 
 SINGLE, DDP = (ROOT / "training" / f"train_{name}.py" for name in ("single", "ddp"))
 LONG = ["--epochs", 2000, "--save-every", 10**6]
@@ -182,15 +183,30 @@ def test_a_failure_says_how_to_resume(monkeypatch, more, without):
     assert line.endswith(f"; the same command{without} resumes from the last save")
 
 
-def test_a_stream_that_breaks_leaves_the_other_in_use():
-    """stdout is a pipe that nobody reads, as after `| head`, and stderr a terminal."""
-    code = "import errors; errors.print0('said'); errors.print0('and said')"
-    terminal, stderr = os.openpty()
-    unread, stdout = os.pipe()
+@pytest.mark.parametrize("broken", ["stdout", "stderr"])
+def test_a_stream_that_breaks_leaves_the_other_in_use(broken):
+    """One is a pipe that nobody reads, as after `| head`, the other a terminal."""
+    say = {"stdout": "errors.print0('{}')", "stderr": "print('{}', file=sys.stderr)"}[broken]
+    code = f"import errors, sys; {say.format('said')}; {say.format('and said')}"
+    if broken == "stderr":
+        code = f"import errors, sys; errors.discard_output(2); {code}"
+    terminal, other = os.openpty()
+    unread, pipe = os.pipe()
     os.close(unread)
+    how = {"stdout": other, "stderr": other} | {broken: pipe}
     env = environment(PYTHONPATH=str(ROOT / "training"))
-    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=stdout, stderr=stderr)
+    done = subprocess.run([sys.executable, "-c", code], env=env, **how)
     assert done.returncode == 0 and os.read(terminal, 1000) == b"said\r\nand said\r\n"
+
+
+def test_a_recipe_does_not_depend_on_the_random_head(tiny_backbone):
+    args, recipes = argparse.Namespace(), []
+    names = "max_length global_batch_size lr warmup dropout epochs max_steps seed"
+    vars(args).update(dict.fromkeys(names.split()))
+    for seed in (0, 1):
+        torch.manual_seed(seed)  # as another instruction set would do
+        recipes.append(checkpoint.make_recipe(args, "", load_backbone(tiny_backbone), "fp32"))
+    assert recipes[0] == recipes[1]
 
 
 def test_a_tokenizer_folder_may_hold_a_folder(tiny_backbone, tmp_path):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 LABELS = ("World", "Sports", "Business", "Sci/Tech")  # label 0 to 3, in AG News's own order
 HUB_DATASET = "fancyzhx/ag_news"
+SIZES = (120_000, 7_600)  # rows of train and test
 KAGGLE_INPUT = Path("/kaggle/input")
 KAGGLE_LARGEST = 1_000_000_000  # bytes; AG News has 30 million, larger files are not looked at
 SAMPLE = Path(__file__).parent / "sample_data"
@@ -195,7 +196,8 @@ def read_split(folder: Path, split: str) -> Examples:
     patterns = [*(split + suffix for suffix in FORMATS), shards, f"data/{shards}"]
     patterns += [f"*-{split}.arrow", f"*-{split}-[0-9]*-of-[0-9]*.arrow"]  # the cache of `datasets`
     patterns += [f"{split}/data-[0-9]*-of-[0-9]*.arrow"]  # its save_to_disk
-    patterns += [f"{split}/[0-9]*.parquet"]  # the Hub's branch refs/convert/parquet
+    # the Hub's branch refs/convert/parquet
+    patterns += [f"{split}/[0-9]*.parquet", f"default/{split}/[0-9]*.parquet"]
     files = next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
     if not files:
         raise SourceError(
@@ -203,6 +205,10 @@ def read_split(folder: Path, split: str) -> Examples:
             f"data/{split}-00000-of-00001.parquet"
         )
     count = re.search(r"-of-(\d+)", files[0].name)
+    if all(file.stem.isdigit() for file in files):  # they do not say how many they are
+        files.sort(key=lambda file: int(file.stem))
+        if int(files[-1].stem) + 1 != len(files):
+            raise SourceError(f"{files[0].parent}: a file before {files[-1].name} is missing")
     if count and int(count[1]) != len(files):
         raise SourceError(f"{files[0].parent} has {len(files)} {split} shards; expected {count[1]}")
     examples, *more = map(read_examples, files)
@@ -264,18 +270,28 @@ def read_hub() -> tuple[Examples, Examples]:
 
 
 def read_kaggle() -> Source:
-    """The first attached data set that reads as AG News, row by row.
+    """The attached data set that has AG News's rows, else the first that reads as AG News.
 
     Raises SourceError with what is wrong in the first of those that do not.
     """
-    why, problems = f"the first below {KAGGLE_INPUT} that reads as AG News", []
+    why, found, problems = f"the first below {KAGGLE_INPUT} that reads as AG News", [], []
     files = [file for file in KAGGLE_INPUT.rglob("train*") if file.is_file()]
-    for folder in sorted({f.parent for f in files if f.stat().st_size < KAGGLE_LARGEST}):
+    folders = {file.parent for file in files if file.stat().st_size < KAGGLE_LARGEST}
+    for path in KAGGLE_INPUT.rglob("train"):  # a folder of files
+        if path.is_dir() and sum(f.stat().st_size for f in path.glob("*.*")) < KAGGLE_LARGEST:
+            folders.add(path.parent)
+    for folder in sorted(folders):
         name = f"Kaggle input {folder.relative_to(KAGGLE_INPUT)}"
         try:
-            return Source(*read_folder(folder), name, why)
+            train, test = read_folder(folder)
         except SourceError as error:  # another data set, perhaps with two or six classes
             problems.append(str(error).partition(";")[0])  # without the remedy
+            continue
+        found.append(Source(train, test, name, why))
+        if (len(train.texts), len(test.texts)) == SIZES:  # other sets may have four classes, too
+            return found[-1]._replace(why="it has as many rows as AG News")
+    if found:
+        return found[0]
     problem = f" ({problems[0]})" if problems else ""
     raise SourceError(f"no AG News below {KAGGLE_INPUT}{problem}")
 

@@ -251,7 +251,8 @@ def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -
     dropout masks are drawn.
     """
     weights = hashlib.sha256(repr(model.config).encode())
-    for parameter in model.parameters():
+    # not the head: its random numbers depend on the CPU's instructions, and --seed is listed
+    for parameter in model.distilbert.parameters():
         weights.update(parameter.detach().cpu().numpy())
     names = "max_length global_batch_size lr warmup dropout epochs max_steps seed"
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names.split()}

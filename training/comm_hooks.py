@@ -1,8 +1,8 @@
 """A DDP communication hook: sends fewer bytes of the gradients than DDP does by itself.
 
 DDP gathers gradients in buckets (flat fp32 buffers, about 25 MiB each) and averages every full
-bucket over the ranks, once a step. A communication hook replaces that averaging: DDP hands it the
-local bucket and takes back a future of the averaged one. Of DistilBERT-base's 268 MB a step
+bucket over the ranks, once per step. A communication hook replaces that averaging: DDP hands it the
+local bucket and takes back a future of the averaged one. Of DistilBERT-base's 268 MB per step
 
 - compression sends 16-bit copies: half the bytes. Values and their sums are rounded, to 11
   significant bits in fp16 and 8 in bf16;
@@ -33,8 +33,8 @@ def register_comm_hook(
     embedding = model.module.get_parameter(EMBEDDING_WEIGHT) if sparse_embeddings else None
 
     def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        # Divided before the sum, which would overflow fp16 sooner. An overflow gives inf or NaN on
-        # all ranks alike, so that GradScaler skips the step on all of them.
+        # Divided before the sum: an undivided sum would overflow fp16 sooner. An overflow gives inf
+        # or NaN on all ranks alike, so that GradScaler skips the step on all of them.
         buffer = bucket.buffer().div_(dist.get_world_size())
         dense = [buffer]
         # looked up in every step: DDP builds its buckets anew after the first backward

@@ -76,9 +76,10 @@ def load_tokenizer(folder: Path):
         if not told and capitals > MANY_CAPITALS * len(tokenizer):
             # transformers would lower-case all texts, whatever tokenizer.json says
             tokenizer = AutoTokenizer.from_pretrained(folder, do_lower_case=False)
+        tokenizer.truncation_side = "right"  # as the server cuts
         return tokenizer
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = str(error).strip().partition("\n")[0]
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise DataError(
             f"the tokenizer in {folder} cannot be read ({reason}); copy its files again"
         ) from None
@@ -90,18 +91,24 @@ def tokenize(texts: list[str], folder: Path, max_length: int) -> tuple[np.ndarra
     # a checkpoint's tokenizer has no config.json beside it
     with suppress(OSError, ValueError, KeyError, TypeError):
         expected = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-        if len(tokenizer) < 0.99 * expected:  # some weights are padded by a few rows
+        if not 0.99 * expected <= len(tokenizer) <= expected:  # weights may be padded by a few rows
             raise DataError(
                 f"the tokenizer in {folder} has {len(tokenizer):,} tokens, the weights have "
                 f"{expected:,}; copy its files again"
             )
     try:
+        special = tokenizer("")["input_ids"]
         rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     except Exception as error:  # such as a vocabulary without [UNK]
-        reason = str(error).strip().partition("\n")[0]
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise DataError(
             f"the tokenizer in {folder} cannot be used ({reason}); copy its files again"
         ) from None
+    if special != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
+        raise DataError(
+            f"the tokenizer in {folder} does not put [CLS] before a text and [SEP] behind it; add "
+            "the post_processor to its tokenizer.json"
+        )
     ends = np.cumsum([len(row) for row in rows])
     ids = np.fromiter((i for row in rows for i in row), np.int32, ends[-1])
     if (unknown := np.mean(ids == tokenizer.unk_token_id)) > MOST_UNKNOWN:
@@ -195,6 +202,10 @@ def prepare_data(
     note = source.note
     if ignored := sorted({*train.ignored, *test.ignored}):
         note += f"\nignored columns: {', '.join(ignored)}"
+    known = set(train.texts)
+    if same := sum(text in known for text in test.texts):
+        note += f"\n{same:,} of {len(test.texts):,} test rows are training rows as well: "
+        note += "their accuracy says little"
     vocab_size = int(ids.max()) + 1
     return Data(*splits, source.name, source.why, note, fingerprint.hexdigest()[:16], vocab_size)
 

@@ -22,8 +22,9 @@ received_signals: list[int] = []  # see note_stop_signals
 
 def discard_output(stream: int) -> None:
     """Stream 1 or 2 is broken: the terminal was closed, or Ctrl-C also ended `| tee log`. The run
-    goes on, and what was for stdout goes to the terminal if stderr still does."""
-    os.dup2(2 if stream == 1 and os.isatty(2) else os.open(os.devnull, os.O_WRONLY), stream)
+    continues, and what was for it goes to the terminal if the other stream still does."""
+    other = 3 - stream
+    os.dup2(other if os.isatty(other) else os.open(os.devnull, os.O_WRONLY), stream)
 
 
 class ProgressBar(tqdm):
@@ -37,6 +38,12 @@ class ProgressBar(tqdm):
     def display(self, *args, **kwargs):
         try:
             return super().display(*args, **kwargs)
+        except OSError:
+            discard_output(2)
+
+    def clear(self, *args, **kwargs):
+        try:
+            super().clear(*args, **kwargs)
         except OSError:
             discard_output(2)
 
@@ -83,9 +90,11 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
     if "Unable to find address for: " in text:  # gloo on a host without this interface
         name = text.split("Unable to find address for: ")[1].split()[0]
         return f"GLOO_SOCKET_IFNAME={name}: this host has no such interface; see: ip address", False
-    if not isinstance(error, RuntimeError) or not (
-        isinstance(error, dist.DistStoreError) or re.search("gloo|nccl|connection", text, re.I)
-    ):
+    if "EADDRINUSE" in text:
+        return "another program took the port that torchrun had chosen; start it again", False
+    of_torch = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+    of_others = isinstance(error, RuntimeError) and re.search("gloo|nccl|connection", text, re.I)
+    if not (of_torch or of_others):
         return None, False
     if "NCCL error" in text and "ncclRemoteError" not in text:  # remote: the other process exited
         return f"NCCL failed ({text.strip().splitlines()[-1]}); {NCCL_REMEDY}", False

@@ -249,7 +249,7 @@ def unused_parameters(rank: int, broken: bool) -> dict:
 
 
 def no_buffer_broadcast(rank: int, broken: bool) -> dict:
-    """DDP 4/7. Gradients are averaged, buffers are not: DDP sends rank 0's before every forward.
+    """DDP 4/7. Gradients are averaged, buffers are not: DDP sends rank 0's before a forward.
 
     So BatchNorm's running mean holds rank 0's rows alone; SyncBatchNorm averages over all ranks.
     """

@@ -86,7 +86,7 @@ def set_offline_mode(seconds: float = 5) -> bool:
             answers.append(True)
         except (OSError, ValueError, http.client.HTTPException) as error:  # also: no HTTP there
             # a certificate that Python cannot check: the Hub's own client has other authorities
-            if isinstance(getattr(error, "reason", None), ssl.SSLError):
+            if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
                 answers.append(True)
 
     thread = threading.Thread(target=ask, daemon=True)

@@ -71,7 +71,7 @@ class Config:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout whose mask on a CPU costs 16 random bits an element.
+    """nn.Dropout whose mask on a CPU costs 16 random bits per element.
 
     torch's CPU generator is one thread, and its bernoulli_ spends a draw on every element. Here a
     64-bit draw serves four, which is several times as fast; p is right to 1/65536, and the scale
@@ -286,10 +286,16 @@ def read_config(shape: dict) -> Config:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A backbone folder's weight files. Raises ModelError if they or the tokenizer are missing."""
+    """A backbone folder's weight files.
+
+    Raises ModelError if they or the tokenizer are missing, or if its config.json is refused.
+    """
     for names in (("config.json",), TOKENIZER_FILES, WEIGHT_FILES):
         if not (found := [folder / name for name in names if os.path.isfile(folder / name)]):
             raise ModelError(f"no {' or '.join(names)}")
+    read_config(read_json(folder / "config.json"))
+    if os.path.isfile(folder / "adapter_config.json"):
+        raise ModelError("an adapter lies beside the weights: merge it first (merge_and_unload)")
     if found[0].suffix != ".json":
         return found[:1]
     shards = sorted({folder / name for name in read_json(found[0])["weight_map"].values()})
@@ -411,7 +417,7 @@ def hub_backbone(name: str) -> Path:
             weight_files(folder)
             return folder
         except Exception as error:
-            reason = f"has {describe(error)} in the Hugging Face cache, and the Hub adds none"
+            reason = f"cannot be used as it is in the Hugging Face cache ({describe(error)})"
     raise ModelError(f"{name} {reason}")
 
 

@@ -1,4 +1,4 @@
-"""What a rank does in a step, and when: `--profile DIR` writes one trace a rank.
+"""What a rank does in a step, and when: `--profile DIR` writes one trace per rank.
 
 DIR/rank0.json and so on are in the format of https://ui.perfetto.dev, three steps after ten. Beside
 torch's own events they have two tracks of named ranges: "compute" (data, forward, backward, clip,
@@ -10,6 +10,7 @@ communication ranges are the kernels of NCCL.
 import json
 import os
 import re
+import sys
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -68,8 +69,8 @@ def write_trace(path: Path, profile: torch.profiler.profile) -> None:
         trace["traceEvents"] += named_ranges(trace["traceEvents"], dist.get_rank())
         path.write_text(json.dumps(trace))
     except (OSError, RuntimeError, ValueError) as error:  # a full disk, which torch may not report
-        return print0(f"warning: cannot write {path}: {error}")
-    print0(f"wrote {path.parent}/rank*.json: open one at https://ui.perfetto.dev")
+        return print(f"warning: cannot write {path}: {error}", file=sys.stderr)  # on any rank
+    print0(f"wrote {path}, and one per rank: open one at https://ui.perfetto.dev")
 
 
 def named_ranges(events: list[dict], rank: int) -> list[dict]:

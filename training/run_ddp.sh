@@ -14,7 +14,7 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 bash training/run_ddp.sh
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # sh run_ddp.sh
 set -euo pipefail
-trap 'exit 130' INT  # else bash goes on after a Ctrl-C that a command in this script handled
+trap 'exit 130' INT  # else bash continues after a Ctrl-C that a command in this script handled
 here=$(readlink -f "${BASH_SOURCE[0]}" || echo "${BASH_SOURCE[0]}")  # it may be a link
 here=$(CDPATH='' cd "$(dirname "$here")" && pwd)
 
@@ -34,7 +34,8 @@ done
 [ -n "$python" ] || fail "no torch in ${candidates[*]}: activate its environment, or set PYTHON"
 
 nproc=${NPROC_PER_NODE:-2} nnodes=${NNODES:-1} restarts=${MAX_RESTARTS:-0}
-if [ -z "${NPROC_PER_NODE:-}" ] && command -v nvidia-smi >/dev/null; then
+if [ -z "${NPROC_PER_NODE:-}" ] &&  # torch takes seconds to say that there is no GPU
+    { command -v nvidia-smi || compgen -G '/dev/nvidia[0-9]*' || [ -e /dev/kfd ]; } >/dev/null; then
   nproc=$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')
 fi
 export TIMEOUT=${TIMEOUT:-600}
@@ -61,7 +62,6 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted ranks meet in a new, empty store
 # torchrun forwards a signal to all ranks and waits while they finish their step and save. SIGUSR1 is
 # Slurm's warning; SIGUSR2 comes from a rank (see torchrun.py); nohup ignores SIGHUP, which we keep.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 signals=SIGINT,SIGTERM,SIGQUIT,SIGUSR1,SIGUSR2$([ -n "$(trap -p HUP)" ] || echo ,SIGHUP)
 export PET_SIGNALS_TO_HANDLE=$signals  # the environment's form of torchrun's --signals-to-handle
 block="env --block-signal=INT"  # Python's own start would answer Ctrl-C with a traceback

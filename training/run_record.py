@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import sys
+import threading
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -50,6 +51,7 @@ def start_record(args, data, model, model_source, precision, micro_batch_size, t
         "micro_batch_size": micro_batch_size,
         "grad_accum_steps": args.global_batch_size // world_size // micro_batch_size,
         "world_size": world_size,
+        "processes_per_host": int(os.environ["LOCAL_WORLD_SIZE"]) if distributed else 1,
         "total_steps": total_steps,
         "train_samples": len(data.train),
         "val_samples": len(data.val),
@@ -76,6 +78,11 @@ per forward x {processes} x {record["grad_accum_steps"]} per step; {left_out} ro
     return record
 
 
+def ignore_oserror(args) -> None:
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
 class TensorBoard:
     """Writes curves to `folder`, if there is one, until its disk is full. That ends no run."""
 
@@ -84,6 +91,8 @@ class TensorBoard:
         if folder:
             from torch.utils.tensorboard import SummaryWriter
 
+            # its thread would print a traceback before write() below is told
+            threading.excepthook = ignore_oserror
             # steps that a killed run did after its last save are drawn once
             self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 

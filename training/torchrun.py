@@ -31,10 +31,18 @@ def main() -> int | str:
         # for the ranks, too: NCCL's watchdog prints lines of C++ above the one that tells the cause
         os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     from torch.distributed import DistError, run
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    if "--standalone" in sys.argv:  # the host's own name may not resolve, as in a container
+        os.environ.setdefault("PET_LOCAL_ADDR", "127.0.0.1")
+    close = PContext.close  # it gives ranks 30 s after a signal, too few for a step and a save
+    PContext.close = lambda self, death_sig=None, timeout=30: close(
+        self, death_sig, max(timeout, 300) if death_sig else timeout
+    )
+    finished = []  # a rank says so by SIGURG, which does nothing where nobody handles it
+    signal.signal(signal.SIGURG, lambda *_: finished.append(True))
     sys.unraisablehook = lambda _: None  # a second Ctrl-C can strike in the middle of a finalizer
     try:
         run.main()
@@ -50,6 +58,8 @@ def main() -> int | str:
             print(f"error: rank {rank} was killed by {name}{hints.get(name, '')}", file=sys.stderr)
         return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
     except SignalException as error:
+        if finished:  # a signal during the last evaluation or save stopped nothing
+            return 0
         # SIGUSR2 is from a rank that has printed an error which a restart would repeat
         return 1 if error.sigval == signal.SIGUSR2 else 128 + error.sigval
     except (DistError, RendezvousError) as error:

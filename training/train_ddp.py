@@ -95,6 +95,7 @@ def main() -> None:
     # NCCL carries tensors between GPUs; gloo carries those on the CPU, such as counts.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     dist.init_process_group(backends, timeout=utils.collective_timeout())
+    utils.check_devices(device)
     errors.probe_all_reduce(device)
 
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
@@ -104,7 +105,7 @@ def main() -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     recipe = checkpoint.make_recipe(args, data.fingerprint, raw_model, precision)
     # DDP 2/7: a host with other rows, weights or flags would train along without any error.
-    utils.check_same_on_all_ranks(args, recipe)
+    utils.check_same_on_all_ranks(args, recipe, f"{model_source[0]}, {data.source}")
 
     # DDP 3/7: the sampler. All ranks draw an epoch's order from (seed, epoch). Of each step's rows
     # rank r takes r, r + world_size, ...: step k trains on the same rows on 1 process or on 8.
@@ -156,7 +157,7 @@ def main() -> None:
                 batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
                 input_ids, attention_mask, labels = batch
                 # DDP 5/7: no_sync. Gradients add up over the micro-batches, and only the last
-                # backward needs the all-reduce. DDP decides that in the forward, so it is inside.
+                # backward needs the all-reduce. DDP decides in the forward: no_sync encloses that.
                 last = micro_step == grad_accum_steps - 1
                 with autocast, nullcontext() if last else model.no_sync():
                     logits = model(input_ids, attention_mask).float()

@@ -4,7 +4,9 @@ import argparse
 import importlib.util
 import math
 import os
+import signal
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,12 +54,16 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict) -> None:
-    """Raises UsageError on every rank if a rank's recipe or flags differ from rank 0's."""
+def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict, sources: str) -> None:
+    """Raises UsageError on every rank if a rank's recipe or flags differ from rank 0's.
+
+    `sources`: the model and the data that this rank found, for the message.
+    """
     names = ("save_every", "grad_compression", "sparse_embeddings", "backend")
     own = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {"host": os.uname().nodename, **own, **recipe})
+    host = f"{os.uname().nodename}, {sources}"
+    dist.all_gather_object(everyone, {"host": host, **own, **recipe})
     for rank, theirs in enumerate(everyone):
         for name, value in theirs.items():
             if name != "host" and value != (first := everyone[0][name]):
@@ -72,6 +78,9 @@ def cleanup_distributed() -> None:
     all_reduce_sum([0.0])  # a barrier on the CPU
     time.sleep(0.3)  # without it orderly exits were seen to hang: gloo's threads release tensors
     dist.destroy_process_group()
+    if "LAUNCHER_PID" in os.environ:
+        with suppress(OSError):
+            os.kill(int(os.environ["LAUNCHER_PID"]), signal.SIGURG)  # see torchrun.py
 
 
 # Device and precision
@@ -96,6 +105,17 @@ def choose_device(backend: str = "auto", local_rank: int = 0) -> tuple[torch.dev
     return device, "gloo" if backend == "gloo" else "nccl"
 
 
+def check_devices(device: torch.device) -> None:
+    """Raises UsageError on every rank if some ranks have a GPU and others see none."""
+    [gpus] = all_reduce_sum([float(device.type == "cuda")])
+    if 0 < gpus < dist.get_world_size():
+        has = "has one" if device.type == "cuda" else "sees none"
+        raise UsageError(
+            f"{gpus:.0f} of {dist.get_world_size()} ranks have a GPU, host {os.uname().nodename} "
+            f"{has}; see nvidia-smi on every host, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+
+
 def choose_precision(choice: str, device: torch.device) -> tuple[str, str]:
     """`--precision` -> (fp32, bf16 or fp16; why)."""
     if choice == "fp16" and device.type == "cpu":
@@ -109,7 +129,7 @@ def choose_precision(choice: str, device: torch.device) -> tuple[str, str]:
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
-        flags = ""
+        return "fp32", "what this CPU can do is unknown"
     for flag in ("amx_bf16", "avx512_bf16"):
         if flag in flags:
             return "bf16", f"this CPU has {flag}"
@@ -144,7 +164,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises UsageError for a flag whose value makes no sense."""
+    """Raises UsageError for a flag whose value makes no sense; expands ~ in the others."""
     for name, value in vars(args).items():
         if isinstance(value, str | Path):  # no shell expands --flag=~/folder
             setattr(args, name, type(value)(os.path.expanduser(value)))

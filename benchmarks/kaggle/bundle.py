@@ -28,6 +28,7 @@ import base64
 import io
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,12 +39,17 @@ CONTENT = """
 """
 
 place = Path("distrinews").resolve()  # below the folder that Kaggle keeps, /kaggle/working
+if place.exists():
+    sys.exit(f"error: {place} exists already; start this where it does not")
 packed = io.BytesIO(lzma.decompress(base64.b85decode(CONTENT.replace("\\n", ""))))
 with tarfile.open(fileobj=packed) as files:
     files.extractall(place)
 command = [sys.executable, "-m", "benchmarks.kaggle.run", str(Path.cwd()), *sys.argv[1:]]
 env = os.environ | {"GIT_COMMIT": "{commit}"}
-sys.exit(subprocess.run(command, cwd=place, env=env).returncode)
+status = subprocess.run(command, cwd=place, env=env).returncode
+if status == 0:
+    shutil.rmtree(place)  # what is left is what was made
+sys.exit(status)
 '''
 
 

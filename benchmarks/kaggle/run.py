@@ -134,12 +134,14 @@ def main() -> None:
     run(*BASH, *flags, args.working / "checkpoints", "--report", RESULTS / "kaggle_ddp.json")
     levers(flags, gpus, args.quick)
     speed += ["--out", RESULTS / "training_speed_kaggle.json"]
-    run(sys.executable, "-m", "benchmarks.bench_training", *speed)
+    try:
+        run(sys.executable, "-m", "benchmarks.bench_training", *speed)
+    except subprocess.CalledProcessError as error:  # the trainings and their pages are worth more
+        print(f"warning: no speed was measured: {error}", flush=True)
     run(sys.executable, "-m", "benchmarks.report")
     tools = shutil.ignore_patterns("*.py", "*.lua", "__pycache__", "kaggle", "templates")
     target = args.working / "benchmarks"
     shutil.copytree(ROOT / "benchmarks", target, ignore=tools, dirs_exist_ok=True)
-    shutil.rmtree(ROOT)  # what is left is what was made
     print(f"\ndone: {args.working}/benchmarks/ddp_2gpu.md, records, checkpoints", flush=True)
 
 
