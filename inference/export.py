@@ -42,7 +42,7 @@ from inference.model_loader import (
     torch_engine,
 )
 from training.ag_news import HUB_DATASET, SIZES, SourceError, find_data
-from training.checkpoint import load_checkpoint
+from training.checkpoint import hold_signals, load_checkpoint
 from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data
 from training.model import Config, NewsClassifier
 
@@ -77,12 +77,12 @@ def writing(path: Path):
 def write_int8(model: NewsClassifier, rows: list[np.ndarray], path: Path) -> None:
     """`model` as OpenVINO's .xml and .bin, static int8: the scales of activations are fixed by what
     they are for `rows` of token ids, so that a text's scores do not depend on its batch."""
-    openvino = import_openvino()
     example = (torch.ones(2, 9, dtype=torch.int64), torch.ones(2, 9, dtype=torch.int64))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")
-        import nncf
-
+        with hold_signals():  # an exception in the middle of these imports can hang
+            openvino = import_openvino()
+            import nncf
         nncf.set_log_level(logging.ERROR)
         exact = openvino.convert_model(model, example_input=example)
         quantized = nncf.quantize(
