@@ -167,7 +167,8 @@ def main() -> None:
         print(f"{sum(path.stat().st_size for path in files):>12,}  bytes", flush=True)
         if args.dry_run:
             return
-        if not (token := get_token()):
+        token = get_token() or ""
+        if not (token and token.isascii()):
             raise DeployError("no Hugging Face token; hf auth login (with a token that may write)")
         api, space = HfApi(token=token), {"repo_id": args.space, "repo_type": "space"}
         try:

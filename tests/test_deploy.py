@@ -110,6 +110,7 @@ def test_a_model_that_could_not_be_served_is_not_uploaded(checkpoints, hub, file
         ({"create_status": 403}, {}, "hf auth login"),
         ({"create_status": 500}, {}, "500"),
         ({}, {"HF_TOKEN": ""}, "no Hugging Face token"),
+        ({}, {"HF_TOKEN": "hf_\u2026"}, "no Hugging Face token"),
         ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "run the same command again"),
         ({}, {"name": "news"}, "expected OWNER/NAME"),
         ({"space": {"sdk": "gradio", "private": False}}, {}, "is another Space (gradio"),
