@@ -306,8 +306,7 @@ class Classifier:
 
     def encode(self, text: str) -> Encoded:
         """The ids that training would see, cut to the same length as there."""
-        # not encode(text): that keeps Python's lock, and so stops the event loop, for 0.2 s where a
-        # text is 20,000 letters in words of 100
+        # not encode(text): that keeps Python's lock, and stops the event loop where words are long
         [encoding] = self.tokenizer.encode_batch_fast([text])
         ids, limit = encoding.ids, self.engine.max_length
         if len(ids) <= limit:

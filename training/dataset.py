@@ -27,6 +27,10 @@ class DataError(Exception):
     """Rows or a tokenizer that cannot be trained with; the message is one line, with the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # Tokens
 
 
@@ -79,9 +83,8 @@ def load_tokenizer(folder: Path):
         tokenizer.truncation_side = "right"  # as the server cuts
         return tokenizer
     except Exception as error:  # the tokenizers library raises plain Exception
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise DataError(
-            f"the tokenizer in {folder} cannot be read ({reason}); copy its files again"
+            f"the tokenizer in {folder} cannot be read ({first_line(error)}); copy its files again"
         ) from None
 
 
@@ -100,9 +103,8 @@ def tokenize(texts: list[str], folder: Path, max_length: int) -> tuple[np.ndarra
         special = tokenizer("")["input_ids"]
         rows = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     except Exception as error:  # such as a vocabulary without [UNK]
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise DataError(
-            f"the tokenizer in {folder} cannot be used ({reason}); copy its files again"
+            f"the tokenizer in {folder} cannot be used ({first_line(error)}); copy its files again"
         ) from None
     if special != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
         raise DataError(
