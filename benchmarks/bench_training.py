@@ -74,7 +74,7 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
     """What step_pieces.py measures in a launch of `world_size` processes."""
     # The largest first: the others reuse the memory that it took. The cost model is calibrated on
     # 16, 64 and 128 rows; 12, 24, 48, 96 and 3 accumulations were added after that rule was fixed.
-    quick = quick and not cuda  # a GPU takes seconds for all of it
+    long, quick = not quick, quick and not cuda  # a GPU measures all batches, in fewer steps
     batches = (16, 8) if quick else (128, 96, 64, 48, 32, 24, 16, 12, 8)
     accumulations = (2,) if quick else (2, 3, 4)
     middle = 16 if quick else 32  # a process's share in the waterfall
@@ -86,6 +86,7 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
         chosen = [{"variant": "single", "micro": micro} for micro in sorted(doubled)[::-1]] + chosen
         if cuda:
             chosen += [{"variant": "single", "micro": 32, "precision": "fp32"}]
+        if cuda and long:  # compiling would take most of the time
             chosen += [{"variant": "single", "micro": 32, "compiled": True}]
     else:
         known = (8, 16) if quick else (16, 32, 64, 128)
@@ -97,7 +98,7 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
             for lever in (levers[::2] if quick else levers)
             for micro in ((8,) if quick else (8, 32))
         ]
-    steps = 30 if cuda else 1 if quick else 3
+    steps = (30 if long else 10) if cuda else 1 if quick else 3
     return [SETTING | {"precision": precision, "steps": steps} | one for one in chosen]
 
 

