@@ -22,7 +22,7 @@ ENV PATH=$HOME/.local/bin:$PATH
 ENV PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 ENGINE=int8 PORT=7860
 WORKDIR $HOME/app
 
-# from what seldom changes to what often does: a new model or page reuses the layer of packages
+# what rarely changes comes first: a new model or page reuses the packages' layer
 COPY --chown=user inference/requirements.txt inference/
 RUN pip install --no-cache-dir -r inference/requirements.txt
 COPY --chown=user checkpoints/tokenizer/tokenizer.json checkpoints/tokenizer/

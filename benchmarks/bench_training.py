@@ -4,11 +4,11 @@ python -m benchmarks.bench_training [--quick] [--record] [--device cpu|cuda] [--
 
 DistilBERT-base with random weights (speed does not depend on their values), or another --model;
 real text lengths, from AG_NEWS_DIR or else the sample. A round runs everything once: the real
-scripts, transformers' Trainer, and step_pieces.py for every world size, so that a noisy minute
-strikes all; then again, three times at most, as the minutes allow. A device is a GPU, or an equal
-share of the CPU's cores. Trainer's best flags are searched first, over a small grid.
+scripts, transformers' Trainer, and step_pieces.py for every world size, so that noise affects all
+alike; then again, three times at most, as the minutes allow. A device is a GPU, or an equal share
+of the CPU's cores. Trainer's best flags are searched first, over a small grid.
 The record, one flat row a measurement, goes to runs/, with --record to benchmarks/results/.
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 shows a CPU with AMX as one without.
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 makes a CPU with AMX compute as one without.
 """
 
 import itertools

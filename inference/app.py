@@ -52,19 +52,18 @@ PAGE_POLICY = (
 )
 # 20,000 characters that JSON escapes as \ud83d\ude00 are 240,000 bytes
 MAX_BODY_BYTES = {"/predict": 256 * 1024, "/predict/batch": 1024 * 1024}
-# Of a megabyte of numbers or empty lists the parser makes so many objects that the event loop stops
-# meanwhile.
+# A megabyte of numbers or empty lists would block the event loop while it is parsed
 MAX_STRINGS, MAX_SYNTAX_BYTES = 1000, 10_000  # 64 texts are 65 strings; between them is little
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 MAX_BODY_SECONDS = 20  # from the end of the headers; uvicorn itself waits forever
 MAX_UNREAD_BYTES = 64 * 1024 * 1024  # of all bodies that have arrived in part
-MAX_SMALL_BODY = 16 * 1024  # bytes; those who fill the memory with large ones do not stop a small
+MAX_SMALL_BODY = 16 * 1024  # bytes; still accepted when large bodies have used up MAX_UNREAD_BYTES
 
 logger = logging.getLogger("uvicorn.error")
 
 
 def problem_of(body: bytes) -> str | None:
-    """Why this is not JSON with texts in a list, as far as that is seen faster than by parsing."""
+    """Why this cannot be JSON with texts in a list, by checks that are cheaper than parsing."""
     try:
         # JSON has no NUL; UTF-16, which Python's parser reads as well, is full of them
         is_text = "\0" not in body.decode()
@@ -265,7 +264,7 @@ def queue_full_response(retry_after: int) -> JSONResponse:
 
 class LoadSheddingMiddleware:
     """Refuses invalid and excess requests before anything is spent on them, drops the work of
-    clients that have hung up, and counts all requests but those for permission (CORS)."""
+    clients that have hung up, and counts all requests except CORS preflights."""
 
     def __init__(self, app):
         self.app, self.unread_bytes = app, 0
@@ -273,7 +272,7 @@ class LoadSheddingMiddleware:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path = scope["path"].removesuffix("\n")  # with which the router takes it, too
+        path = scope["path"].removesuffix("\n")  # the router ignores it, too
         below = path.removeprefix(scope.get("root_path", ""))
         path = below if below.startswith("/") else path
         max_bytes = MAX_BODY_BYTES.get(path) if scope["method"] == "POST" else None

@@ -59,7 +59,7 @@ class Batcher:
         return self.admitted + rows <= self.limit
 
     def retry_after(self) -> int:
-        """Seconds until what is inside now is done."""
+        """Seconds until the admitted rows are done."""
         return max(1, round(self.admitted * self.seconds_per_row))
 
     @contextmanager
@@ -88,7 +88,7 @@ class Batcher:
                 row.done.cancel()
 
     def next_batch(self) -> list[PendingRequest]:
-        """The oldest row, and those of its length that wait with it.
+        """The oldest row, and waiting rows of similar length.
 
         Rows are padded to the longest of their batch, and a padded token costs what a real one
         does. So only rows within `max_spread` of each other go together; the oldest goes first,

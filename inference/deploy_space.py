@@ -34,7 +34,7 @@ AG_NEWS_TERMS = "http://groups.di.unipi.it/~gulli/AG_corpus_of_news_articles.htm
 
 
 class DeployError(Exception):
-    """What stops a deployment; the message says what to do."""
+    """Why a deployment stopped, and what to do."""
 
 
 def space_card(metadata: dict) -> str:
@@ -101,7 +101,7 @@ def wait_until_served(api: HfApi, space: str, commit: str, checkpoint: str, time
     page, deadline = f"{api.endpoint}/spaces/{space}", time.monotonic() + timeout
     info = api.space_info(space)
     url = info.host if "://" in info.host else f"https://{info.host}"
-    token = api.token if info.private else None  # a public app has no business with it
+    token = api.token if info.private else None  # a public app must not see it
     while True:
         try:
             runtime = api.wait_for_space(space, timeout=max(0, deadline - time.monotonic()))

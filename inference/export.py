@@ -227,8 +227,8 @@ Labels English news as {", ".join(state["labels"])}; trained by DistriNews.
 - Recipe: {recipe}; on {origin["host"]}
 - Reads the first {state["max_length"]} tokens of a text.
 
-Made for agency news of 2004 and its four sections; other texts get one of the four labels too. It
-repeats what its data holds of that time and those agencies.
+Trained on agency news of 2004 with four sections; any other text still gets one of the four.
+It reflects the biases of that time and those agencies.
 """
 
 
@@ -273,12 +273,12 @@ def main() -> None:
     add = parser.add_argument
     add("--to", choices=["int8", "hf"], required=True)
     add("--checkpoint-dir", type=Path, default=CHECKPOINTS, help="(default: %(default)s)")
-    judge = "whose training rows calibrate int8, and whose validation rows judge it (default: "
+    judge = "its training rows calibrate int8, its validation rows check it (default: "
     add("--data", help=judge + "sample for a model of the sample, else auto)")
     args = parser.parse_args()
     if args.data and args.to == "hf":
         parser.error("--data goes with --to int8")
-    logging.disable(logging.WARNING)  # the libraries' hints are for those who write an exporter
+    logging.disable(logging.WARNING)  # hints for library developers
     if args.to == "int8":
         to_int8(args.checkpoint_dir, args.data)
     else:

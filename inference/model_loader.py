@@ -224,11 +224,11 @@ def int8_engine(folder: Path) -> Engine:
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads(),
-        # threads bound to cores would meet those of another worker there
+        # pinned threads of several workers would share the same cores
         "ENABLE_CPU_PINNING": False,
         # not bf16 where a CPU has it: scores would depend on the machine, and more on the batch
         "INFERENCE_PRECISION_HINT": "f32",
-        # kernels are kept by shape of the batch: the 5,000 of the default would fill the memory
+        # kernels are cached by the batch's shape; 5,000, the default, would fill the memory
         "CPU_RUNTIME_CACHE_CAPACITY": 16,
     }
     core, lock = openvino.Core(), Lock()
@@ -247,8 +247,8 @@ def int8_engine(folder: Path) -> Engine:
 
     one = np.ones((1, 2), np.int64)
     logits(one, one)
-    # OpenVINO has its own copy of the matrices now. Of the file only the embeddings are read on, a
-    # few pages at a time, and what leaves the memory here comes back when it is needed
+    # OpenVINO has copied the matrices; only the embeddings are still read from the file, so its
+    # pages may leave the memory until they are needed
     weights.madvise(MADV_DONTNEED)
     info = metadata["info"] | {"engine": "int8", "device": "cpu"}
     return Engine(logits, metadata["labels"], metadata["max_length"], metadata["vocab_size"], info)
@@ -297,7 +297,7 @@ class Classifier:
                 f"{path} has {size} tokens, the model {self.engine.vocab_size}; {REMEDY}"
             )
         self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()  # done below, where it is seen whether it happened
+        self.tokenizer.no_truncation()  # done in encode(), which tells the client
         self.end = self.tokenizer.encode("").ids[-1]  # [SEP]
         vocabulary = self.tokenizer.get_vocab().items()
         self.not_words = {i for token, i in vocabulary if not re.search(r"[^\W_]", token)}

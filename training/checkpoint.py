@@ -245,7 +245,7 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
 
 
 def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -> dict:
-    """All that decides what is trained. A run resumes with an equal recipe, but for --precision.
+    """All that decides what is trained. A run resumes with a recipe equal in all but --precision.
 
     The number of processes and the micro-batch are not part of it: they change rounding, and which
     dropout masks are drawn.

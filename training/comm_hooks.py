@@ -63,7 +63,7 @@ def register_comm_hook(
 
 
 def all_reduce_rows(gradient: Tensor, dtype: torch.dtype) -> None:
-    """Sums a (rows, dim) gradient over ranks, in place; sends only the rows that are not zero."""
+    """Sums a (rows, dim) gradient over ranks, in place; only rows that are not zero are sent."""
     touched = gradient.any(1)  # NaN counts as not zero
     count = touched.sum()
     dist.all_reduce(count, op=dist.ReduceOp.MAX)

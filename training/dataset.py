@@ -35,7 +35,7 @@ def first_line(error: BaseException) -> str:
 
 
 class TokenizedExamples(Dataset):
-    """Rows of token ids in one flat array; item i is (ids, label)."""
+    """Item i is (ids, label) of rows[i]; `ids` holds all rows' tokens, row r's before ends[r]."""
 
     def __init__(self, ids: np.ndarray, ends: np.ndarray, labels: np.ndarray, rows: np.ndarray):
         self.ids, self.rows = ids, rows
@@ -207,7 +207,7 @@ def prepare_data(
     known = set(train.texts)
     if same := sum(text in known for text in test.texts):
         note += f"\n{same:,} of {len(test.texts):,} test rows are training rows as well: "
-        note += "their accuracy says little"
+        note += "the test accuracy is too high"
     vocab_size = int(ids.max()) + 1
     return Data(*splits, source.name, source.why, note, fingerprint.hexdigest()[:16], vocab_size)
 

@@ -112,7 +112,7 @@ def one_line_errors(*kinds: type[Exception]):
 
     When one rank fails, the collectives of the others fail too, and torchrun ends them within
     seconds. So rank 0 of each host speaks at once, other ranks after 3 s, and ranks that fail
-    because another one did after 10 and 13 s: what is read is the cause.
+    because another one did after 10 and 13 s: so the cause is what the user reads.
     """
     repair_output()
     try:
@@ -209,7 +209,7 @@ def exit_stopped(received: list[int], step: int, fresh: bool) -> None:
 def end_with_launcher() -> None:
     """On Linux, has the kernel send this rank SIGINT when torchrun dies, even by SIGKILL.
 
-    Otherwise the rank would train on, unseen, beside the run that is started next.
+    Otherwise the rank would keep training, unnoticed, next to the run that is started next.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG

@@ -4,7 +4,7 @@ python training/lab.py              # lists the experiments, and offers the tour
 python training/lab.py no-set-epoch
 python training/lab.py tour         # all of them, in the order of the marks in train_ddp.py
 
-Each changes one thing, most of them in the real code, and prints it as a two-line diff. A small
+Each changes one thing around the repo's own functions, and prints it as a two-line diff. A small
 model on made-up rows, so that nothing is downloaded; what breaks is the same at any size.
 """
 
@@ -109,7 +109,7 @@ def no_sampler(rank: int, broken: bool) -> dict:
     lab = Lab(rank, num_replicas=1 if broken else 2)
     mine, theirs = both(list(lab.sampler))
     return {
-        "rows that an epoch costs": len(mine) + len(theirs),
+        "rows that an epoch computes": len(mine) + len(theirs),
         "rows that both ranks see": len({*mine} & {*theirs}),
     }
 

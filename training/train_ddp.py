@@ -86,12 +86,12 @@ def main() -> None:
 
     # DDP 2/7: data before the group. One process of each host tokenizes while the others wait for
     # its file lock. Inside the group they would wait in a collective, which times out.
-    machine.set_offline_mode()  # Hugging Face's, unless the Hub answers
+    machine.set_offline_mode()  # unless the Hub answers in time
     folder, *model_source = find_backbone(args.model)
     data = dataset.prepare_data(
         find_data(args.data), folder, args.max_length, args.max_train_samples, args.max_eval_samples
     )
-    # DDP 1/7: the processes meet. From here on, a collective that one rank calls all must call.
+    # DDP 1/7: the processes meet. From here on, if one rank calls a collective, all must.
     # NCCL carries tensors between GPUs; gloo carries those on the CPU, such as counts.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     dist.init_process_group(backends, timeout=utils.collective_timeout())

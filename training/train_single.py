@@ -70,7 +70,7 @@ def main() -> None:
     if master_process:
         checkpoint.claim_folders(args)
 
-    machine.set_offline_mode()  # Hugging Face's, unless the Hub answers
+    machine.set_offline_mode()  # unless the Hub answers in time
     folder, *model_source = find_backbone(args.model)
     data = dataset.prepare_data(
         find_data(args.data), folder, args.max_length, args.max_train_samples, args.max_eval_samples

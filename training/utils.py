@@ -23,7 +23,7 @@ class UsageError(Exception):
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 BACKENDS = ("auto", "nccl", "gloo")
-LR_HELP = "peak (default: 3e-5 * sqrt(rows per step / 32); 1.4e-4 * ... if narrower than 768)"
+LR_HELP = "peak (default: 3e-5 * sqrt(global batch / 32); 1.4e-4 * ... if narrower than 768)"
 
 
 # Processes
@@ -76,7 +76,7 @@ def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict, sources: str
 def cleanup_distributed() -> None:
     """Ends the process group once all ranks have come here, rank 0 with everything saved."""
     all_reduce_sum([0.0])  # a barrier on the CPU
-    time.sleep(0.3)  # without it orderly exits were seen to hang: gloo's threads release tensors
+    time.sleep(0.3)  # without it some exits hung: gloo's threads were releasing tensors
     dist.destroy_process_group()
     if "LAUNCHER_PID" in os.environ:
         with suppress(OSError):
@@ -185,9 +185,9 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def split_batch(args: argparse.Namespace, world_size: int, device: torch.device) -> tuple[int, int]:
-    """(micro_batch_size, grad_accum_steps), so that micro x world_size x steps = global exactly.
+    """(micro_batch_size, grad_accum_steps): micro x world_size x grad_accum_steps = global exactly.
 
-    The default micro-batch is the largest divisor of a process's share that fits in memory.
+    The default micro-batch is the largest divisor of a process's share up to 128, on a CPU 32.
     """
     global_batch_size, micro_batch_size = args.global_batch_size, args.micro_batch_size
     unit = (micro_batch_size or 1) * world_size
@@ -201,8 +201,8 @@ def split_batch(args: argparse.Namespace, world_size: int, device: torch.device)
             f"({rows}{processes}); the nearest that is: {nearest}"
         )
     share = global_batch_size // world_size
-    fits = 128 if device.type == "cuda" else 32
-    micro_batch_size = micro_batch_size or max(n for n in range(1, fits + 1) if share % n == 0)
+    most = 128 if device.type == "cuda" else 32
+    micro_batch_size = micro_batch_size or max(n for n in range(1, most + 1) if share % n == 0)
     return micro_batch_size, share // micro_batch_size
 
 
@@ -250,7 +250,7 @@ def evaluate(model: nn.Module, loader, device, autocast) -> tuple[float, float]:
     """(mean loss, accuracy) over all rows, exact at any world size. Every rank calls it.
 
     Takes the unwrapped model: DDP's forward is a collective if a model has buffers, and ranks may
-    hold different numbers of batches.
+    hold different numbers of batches. The loss is in nats.
     """
     model.eval()
     loss_sum = correct = count = 0.0
