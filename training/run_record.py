@@ -73,8 +73,8 @@ def start_record(args, data, model, model_source, precision, micro_batch_size, t
 model: {model_source[0]} ({model_source[1]}), {record["parameters"]:,} parameters
 data: {data.source} ({data.why}), {len(data.train):,} training rows{data.note}
 device: {processes} on {record["host"]}, {precision[0]} ({precision[1]})
-steps: {total_steps:,} of {args.global_batch_size} rows ({micro_batch_size} per forward x {processes} \
-x {record["grad_accum_steps"]}), peak lr {args.lr:.2g}; {left_out} rows are left out of each epoch""")
+steps: {total_steps:,} of {args.global_batch_size} rows ({micro_batch_size} per forward \
+x {processes} x {record["grad_accum_steps"]}); peak lr {args.lr:.2g}; {left_out} rows left out of each epoch""")
     return record
 
 
