@@ -1,6 +1,6 @@
 """The API: rank 0's checkpoint behind POST /predict and GET /health.
 
-uvicorn inference.app:app --port 7860
+uvicorn inference.app:app --port 7860 --http h11
 curl localhost:7860/predict -H 'Content-Type: application/json' -d '{"text": "Shares rose"}'
 
 Environment: CHECKPOINT_DIR, ENGINE=auto|torch|int8, THREADS (of the model; default: the cores),
@@ -121,7 +121,11 @@ truncated_texts = Counter("truncated_texts", "Texts longer than the model reads"
 
 # a letter or digit: white space, punctuation, control, format and zero-width characters alone are
 # nothing to the model. Python's engine, because in pydantic's own \w includes zero-width joiners
-NewsText = Annotated[str, StringConstraints(max_length=20_000, pattern=r"[^\W_]")]
+NewsText = Annotated[
+    str,
+    StringConstraints(max_length=20_000, pattern=r"[^\W_]"),
+    Field(examples=["Shares rose after the bank raised its forecast"]),  # else /docs tries a letter
+]
 
 
 class PredictRequest(BaseModel):
@@ -237,6 +241,8 @@ async def lifespan(app: FastAPIOffline):
     except Exception as error:
         if not isinstance(error, LoadError):
             logger.exception("the model cannot be loaded")
+        if not re.search("u[nv]icorn", sys.argv[0]):
+            raise  # in a notebook or a test, which has more to do than to serve
         fail(error)
     yield
     service.stop()
@@ -465,14 +471,12 @@ def metrics():  # in a thread: it reads the files of every worker there ever was
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-@app.head("/", include_in_schema=False)
-@app.get("/", response_class=HTMLResponse, include_in_schema=False)
+@app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page():
     return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
-@app.head("/source", include_in_schema=False)
-@app.get("/source", include_in_schema=False)
+@app.api_route("/source", methods=["GET", "HEAD"], include_in_schema=False)
 async def source():
     """This file; or the repository, where SOURCE_URL or a Space's own variable says which."""
     url = os.environ.get("SOURCE_URL")
@@ -481,8 +485,7 @@ async def source():
     return RedirectResponse(url) if url else FileResponse(__file__, media_type="text/plain")
 
 
-@app.head("/docs", include_in_schema=False)
-@app.get("/docs", include_in_schema=False)
+@app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
 async def docs():
     """Swagger UI without its usual CDN; fastapi-offline serves the files."""
     assets = "static-offline-docs"

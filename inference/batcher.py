@@ -18,7 +18,6 @@ class QueueFull(Exception):
     """No capacity for these rows now; try again in `retry_after` seconds."""
 
     def __init__(self, retry_after: int):
-        super().__init__(f"try again in {retry_after} s")
         self.retry_after = retry_after
 
 

@@ -195,9 +195,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except (DeployError, LoadError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
+    except (DeployError, LoadError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; run the same command again")

@@ -39,6 +39,7 @@ from inference.model_loader import (
     import_openvino,
     int8_engine,
     sha256,
+    stamps,
     torch_engine,
 )
 from training.ag_news import HUB_DATASET, SIZES, SourceError, find_data
@@ -134,6 +135,7 @@ def write_metadata(folder: Path, checkpoint: Path, engine: Engine, **figures) ->
 
 def to_int8(folder: Path, choice: str | None) -> None:
     """Writes the int8 model and its metadata, or raises LoadError and writes nothing."""
+    before = stamps(folder)
     exact = torch_engine(folder)  # refuses what the server would refuse
     model, state = load(folder)
     trained_on = state["provenance"]["data"]
@@ -166,6 +168,8 @@ def to_int8(folder: Path, choice: str | None) -> None:
                 f"int8 is not good enough, nothing was written: {result}; serve with ENGINE=torch"
             )
         write_metadata(new, folder / CHECKPOINT, exact, figures=figures)
+        if stamps(folder) != before:  # a run has saved: this int8 model is not of what lies there
+            raise LoadError(f"{folder} changed meanwhile, nothing was written; export again")
         make_readable(new)
         # without its metadata an int8 model is not served, so a crash leaves no wrong pair
         (folder / INT8_METADATA).unlink(missing_ok=True)

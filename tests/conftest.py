@@ -18,6 +18,7 @@ LONGEST += " lab ddp page comm_hooks report bad_input profiler kubernetes"
 
 
 def pytest_configure(config):
+    os.environ["no_proxy"] = "127.0.0.1,localhost"  # a proxy does not reach the tests' servers
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests compare with results of a CPU
 

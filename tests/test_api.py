@@ -28,7 +28,7 @@ from tokenizers.models import WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 
 import inference.app
-from inference.model_loader import Classifier
+from inference.model_loader import Classifier, LoadError
 
 HEADLINE = "profit and shares of the bank"
 JSON = {"Content-Type": "application/json"}
@@ -162,6 +162,13 @@ def test_other_sites_may_ask_if_they_are_named(http):
         answer = http.post("/predict", json={"text": " "}, headers={"Origin": origin})
         for one in (before, answer):
             assert one.headers.get("access-control-allow-origin") == allowed
+
+
+def test_a_program_that_embeds_the_app_is_told_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
+    monkeypatch.setattr(inference.app, "service", inference.app.Service())
+    with pytest.raises(LoadError, match="no checkpoint"), TestClient(inference.app.app):
+        pass
 
 
 def test_the_app_works_when_another_one_mounts_it(trained, monkeypatch):

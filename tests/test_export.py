@@ -128,6 +128,22 @@ def test_int8_that_is_not_good_enough_is_not_written(copy, news_folder, monkeypa
     assert not [path for path in copy.iterdir() if path.name.startswith("tmp")]
 
 
+def test_int8_of_a_checkpoint_that_was_replaced_meanwhile_is_not_written(
+    copy, news_folder, monkeypatch
+):
+    def calibrate(train):
+        (copy / "distilbert_agnews.pt").touch()  # a run that saves
+        return [np.array([[2, 3]])]
+
+    monkeypatch.setattr(export, "calibration_rows", calibrate)
+    monkeypatch.setattr(export, "MIN_AGREEMENT", 0)
+    monkeypatch.setattr(export, "MAX_ACCURACY_DROP", 1)
+    before = {path.name for path in copy.iterdir()}
+    with pytest.raises(LoadError, match="changed meanwhile, nothing was written"):
+        export.to_int8(copy, str(news_folder))
+    assert {path.name for path in copy.iterdir()} == before
+
+
 def test_auto_takes_int8_when_it_belongs_to_the_checkpoint(copy, monkeypatch):
     assert Classifier(copy).info["engine"] == "int8"
     with monkeypatch.context() as patch:  # a machine that only trains has no openvino

@@ -291,6 +291,19 @@ def test_without_a_network_the_page_says_so_and_recovers(fake_api, page):
     assert page.one("#text").get_property("value") == "anything"
 
 
+def test_while_an_answer_takes_long_the_page_says_so(fake_api, page):
+    page.open(fake_api).says("#model", "87.6 %")
+    slow = {"offline": False, "latency": 4500, "downloadThroughput": -1, "uploadThroughput": -1}
+    page.driver.execute_cdp_cmd("Network.enable", {})
+    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
+    try:
+        page.ask("anything")
+        page.says("#answer", "No answer yet")
+        page.says("#answer", "not sure")
+    finally:
+        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow | {"latency": 0})
+
+
 def test_the_policy_lets_the_space_frame_the_page_and_nobody_else(server, fake_api, answers, page):
     headers = httpx.get(f"{server}/").headers
     policy = dict(

@@ -222,6 +222,14 @@ def start(command: list, folder, stderr=subprocess.STDOUT, stdout=subprocess.PIP
     return subprocess.Popen([*map(str, command)], stdout=stdout, stderr=stderr, **how)
 
 
+def test_training_saves_where_the_server_of_this_shell_reads(flags, tmp_path):
+    command = flags(tmp_path / "other", "--max-steps", 1)
+    at = command.index("--checkpoint-dir")
+    command[at : at + 2] = []
+    (rank,) = train(0, command, tmp_path, CHECKPOINT_DIR=str(tmp_path / "c"))
+    assert (tmp_path / "c" / "distilbert_agnews.pt").exists() and "CHECKPOINT" not in rank.stdout
+
+
 def test_the_model_is_saved_when_nobody_reads_the_output(flags, tmp_path):
     command = [sys.executable, "-u", SINGLE, *flags(tmp_path / "a folder")]
     process = start(command, tmp_path, stderr=subprocess.PIPE)

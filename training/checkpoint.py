@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 MODEL, LAST = "distilbert_agnews.pt", "last.pt"
 LAST_KEYS = "model optimizer scaler step history epoch_sums recipe launcher".split()
-FOLDER = Path(__file__).parent.parent / "checkpoints"
+FOLDER = Path(os.environ.get("CHECKPOINT_DIR") or Path(__file__).parent.parent / "checkpoints")
 claimed = []
 
 
@@ -238,7 +238,7 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
             with suppress(OSError):
                 copy_files(previous_tokenizer, tokenizer)
         raise
-    return f"saved {path}{before}; serve it with: {setting}uvicorn inference.app:app"
+    return f"saved {path}{before}; serve it with: {setting}uvicorn inference.app:app --http h11"
 
 
 # Resuming

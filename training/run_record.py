@@ -74,7 +74,7 @@ model: {model_source[0]} ({model_source[1]}), {record["parameters"]:,} parameter
 data: {data.source} ({data.why}), {len(data.train):,} training rows{data.note}
 device: {processes} on {record["host"]}, {precision[0]} ({precision[1]})
 steps: {total_steps:,} of {args.global_batch_size} rows ({micro_batch_size} per forward \
-x {processes} x {record["grad_accum_steps"]}); peak lr {args.lr:.2g}; {left_out} rows left out of each epoch""")
+x {processes} x {record["grad_accum_steps"]}); peak lr {args.lr:.2g}; {left_out} rows left out""")
     return record
 
 

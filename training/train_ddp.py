@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     add("--grad-compression", choices=comm_hooks.DTYPES, default="none", help="dtype to send in")
     add("--sparse-embeddings", action="store_true", help="send only touched embedding rows")
     # what is kept
-    add("--checkpoint-dir", type=Path, default=checkpoint.FOLDER, help="default: checkpoints/")
+    add("--checkpoint-dir", type=Path, default=checkpoint.FOLDER, help="default: %(default)s")
     add("--save-every", type=int, default=100, help="steps between saves (default: %(default)s)")
     add("--fresh", action="store_true", help="start over, whatever last.pt holds")
     add("--report", type=Path, help="write the run record here too (always: runs/*.json)")
