@@ -13,14 +13,9 @@ class Api(litserve.LitAPI):
     def setup(self, device):
         self.classify = pipeline("text-classification", os.environ["MODEL"])
 
-    def decode_request(self, request):  # LitServe asks for this name of the parameter
-        return request["text"]
-
-    def predict(self, texts):
+    def predict(self, requests):
+        texts = [request["text"] for request in requests]
         return self.classify(texts, truncation=True, batch_size=len(texts))
-
-    def encode_response(self, output):
-        return output
 
 
 if __name__ == "__main__":
