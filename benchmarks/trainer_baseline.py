@@ -10,23 +10,20 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-from training.ag_news import find_data
+from training.ag_news import LABELS, find_data
 from training.dataset import prepare_data
-from training.model import load_backbone
 
 BATCH = 32
 
@@ -48,9 +45,9 @@ def main() -> None:
     flags = json.loads(sys.argv[5])
     train = prepare_data(find_data(source), backbone, 128, steps * BATCH, 8).train
     rows = [{"input_ids": train[i][0].tolist(), "labels": train[i][1]} for i in range(len(train))]
-    ours = load_backbone(backbone)
-    model = DistilBertForSequenceClassification(DistilBertConfig(**asdict(ours.config)))
-    model.load_state_dict(ours.state_dict())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        backbone, num_labels=len(LABELS), dtype=torch.float32
+    )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
