@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.cost_model import flops_per_sample
-from benchmarks.figures import RESULTS, ROOT, Speed, record_header, write_record
+from benchmarks.figures import PLAIN, RESULTS, ROOT, Speed, record_header, write_record
 from training import errors, machine, utils
 from training.ag_news import SourceError, find_data
 from training.dataset import DataError, prepare_data
@@ -41,7 +41,6 @@ from training.model import ModelError, find_backbone, packaged_backbone, read_co
 
 BATCH = 32  # rows of a process's step in the real scripts and in Trainer
 WORLD_SIZES = (1, 2, 4)
-SETTING = {"accumulation": 1, "compression": "none", "sparse_embeddings": False, "compiled": False}
 GRID = {
     "bf16": [True, False],
     "train_sampling_strategy": ["group_by_length", "random"],
@@ -89,7 +88,8 @@ def settings(world_size: int, precision: str, cuda: bool, quick: bool) -> list[d
             for micro in ((8,) if quick else (8, 32))
         ]
     steps = (30 if long else 10) if cuda else 1 if quick else 3
-    return [SETTING | {"precision": precision, "steps": steps} | one for one in chosen]
+    same = PLAIN | {"compiled": False, "precision": precision, "steps": steps}
+    return [same | one for one in chosen]
 
 
 def samples_per_second(record: dict, warm_up: int) -> dict:

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ENOUGH_STEPS = 40  # behind an estimate of an epoch
 FIGURES = ["data", "compute", "update", "sync_flags", "step", "tokens", "imbalance"]
-SETTING = ["variant", "micro", "accumulation", "compression", "sparse_embeddings"]
+PLAIN = {"accumulation": 1, "compression": "none", "sparse_embeddings": False}
+SETTING = ["variant", "micro", *PLAIN]
 # measured after the rule of calibration() was fixed, to see how far off the cost model is
 VALIDATION = {"micro": {12, 24, 48, 96, 192}, "accumulation": {3}}
 
@@ -144,17 +145,13 @@ class Speed:
         found = where(self.steps, launch=launch).groupby(SETTING, sort=False)
         return [(rows.iloc[0], rows) for _, rows in found]
 
-    def find(self, launch, variant, micro, accumulation=1, compression="none", sparse=False):
-        """The rounds of a setting; an empty frame if it was not measured."""
-        setting = dict(
-            zip(SETTING, (variant, micro, accumulation, compression, sparse), strict=True)
-        )
-        return where(self.steps, launch=launch, **setting)
+    def find(self, launch: str, variant: str, micro: int, **how) -> pd.DataFrame:
+        """The rounds of a setting, PLAIN but for `how`; an empty frame if it was not measured."""
+        return where(self.steps, launch=launch, variant=variant, micro=micro, **(PLAIN | how))
 
     def micros(self, launch: str, variant: str) -> list[int]:
         """The batch sizes at which a variant was measured, as it is."""
-        plain = {"accumulation": 1, "compression": "none", "sparse_embeddings": False}
-        rows = where(self.steps, launch=launch, variant=variant, **plain)
+        rows = where(self.steps, launch=launch, variant=variant, **PLAIN)
         return sorted(rows.micro.unique().tolist())
 
     def calibration(self, launch: str) -> list[int]:
@@ -174,28 +171,20 @@ class Speed:
         if launch != "2":
             return Pieces(*inputs, 0, 0)
         imbalance = pd.concat(rows.imbalance / rows.compute for rows in rounds).median()
-        sizes = self.buckets(compression)
+        seconds = self.buckets()[compression]
+        sizes = tuple(seconds.index.get_level_values("bytes"))
         sync_flags = self.piece("sync_flags", launch).seconds.median()
         config = self.record["config"]
         words = config["vocab_size"] + config["max_position_embeddings"]
-        buckets = tuple(sizes.index), tuple(sizes), 4.0 * config["dim"] * words
+        buckets = sizes, tuple(seconds), 4.0 * config["dim"] * words
         return Pieces(*inputs, sync_flags, imbalance, *buckets, self.cuda)
 
-    def buckets(self, compression: str = "none") -> pd.Series:
-        """Seconds of each bucket's all-reduce alone, by its bytes, in the order of filling."""
-        rows = where(self.rows, kind="bucket", launch="2", compression=compression)
-        table = rows.groupby("number").agg({"bytes": "first", "seconds": "median"})
-        return table.set_index("bytes").seconds
-
-    def compressions(self) -> list[str]:
-        found = self.piece("bucket", "2").compression.unique()
-        return sorted(found, key=["none", "bf16", "fp16"].index)
-
-    def bucket_table(self) -> list[dict]:
-        """[{number, bytes, and seconds by compression}]"""
-        columns = {kind: self.buckets(kind).tolist() for kind in self.compressions()}
-        table = pd.DataFrame(columns | {"bytes": self.buckets().index})
-        return table.rename_axis("number").reset_index().to_dict("records")
+    def buckets(self) -> pd.DataFrame:
+        """Seconds of each bucket's all-reduce alone, in the order of filling: its number and bytes
+        are the index, the compressions the columns."""
+        rows = self.piece("bucket", "2")
+        table = rows.pivot_table("seconds", ["number", "bytes"], "compression", "median")
+        return table.filter(["none", "bf16", "fp16"])
 
     def exchange(self, micro: int) -> pd.Series:
         """Touched rows and seconds of sharing the word embeddings' gradient of so many rows."""
@@ -222,10 +211,10 @@ class Speed:
         one, two = self.find("1", "single", 2 * micro), self.find("2", "ddp", micro)
         return (one.step / two.step).dropna()
 
-    def weak(self, micro: int, accumulation=1, compression="none", sparse=False) -> pd.Series:
+    def weak(self, micro: int, accumulation=1, **how) -> pd.Series:
         """Samples/s of two processes over those of one, each with `micro` rows of its own."""
-        one = self.find("1", "single", micro, accumulation)
-        two = self.find("2", "ddp", micro, accumulation, compression, sparse)
+        one = self.find("1", "single", micro, accumulation=accumulation)
+        two = self.find("2", "ddp", micro, accumulation=accumulation, **how)
         return (2 * one.step / two.step).dropna()
 
     def drift(self) -> float:
@@ -237,9 +226,10 @@ class Speed:
         one = self.predicted("1", self.find("1", "single", 2 * micro))
         return one / self.predicted("2", self.find("2", "ddp", micro))
 
-    def predicted_weak(self, micro: int, *how) -> float:
-        one = self.predicted("1", self.find("1", "single", micro, *how[:1]))
-        return 2 * one / self.predicted("2", self.find("2", "ddp", micro, *how))
+    def predicted_weak(self, micro: int, accumulation=1, **how) -> float:
+        one = self.predicted("1", self.find("1", "single", micro, accumulation=accumulation))
+        two = self.find("2", "ddp", micro, accumulation=accumulation, **how)
+        return 2 * one / self.predicted("2", two)
 
     def best_weak(self) -> int:
         return max(self.micros("2", "ddp"), key=lambda micro: self.weak(micro).median())
@@ -248,9 +238,9 @@ class Speed:
         """(what, weak speed-up, predicted) of accumulation, compression, sparse embeddings."""
         found = []
         for setting, _ in self.settings("2"):
-            how = setting.accumulation, setting.compression, bool(setting.sparse_embeddings)
-            if setting.variant == "ddp" and how != (1, "none", False):
-                weak = self.weak(setting.micro, *how), self.predicted_weak(setting.micro, *how)
+            how = setting[[*PLAIN]].to_dict()
+            if setting.variant == "ddp" and how != PLAIN:
+                weak = self.weak(setting.micro, **how), self.predicted_weak(setting.micro, **how)
                 found.append((describe(setting), *weak))
         return found
 
