@@ -1,6 +1,6 @@
 """How fast serving is here: both engines against what a user would pick instead, and overload.
 
-python -m benchmarks.bench_inference [--quick] [--record] [--rounds 3] [--seconds 6]
+python -m benchmarks.bench_inference [--quick] [--record]
 
 DistilBERT-base with random weights (speed does not depend on their values), texts from AG_NEWS_DIR
 or else the sample. The clients are wrk, on the same cores as the server: each waits for its answer,
@@ -66,7 +66,7 @@ def make_checkpoint(folder: Path) -> None:
     subprocess.run([*map(str, command)], cwd=folder, check=True)
     export.to_hf(folder)
     rows = [torch.randint(1000, 30000, (1, 52)).numpy() for _ in range(8)]
-    export.write_int8(export.load(folder)[0], rows, folder / INT8_XML)
+    export.write_int8(export.load_model(folder)[0], rows, folder / INT8_XML)
     export.write_metadata(folder, folder / CHECKPOINT, torch_engine(folder))
 
 
@@ -267,11 +267,8 @@ def measure(name: str, server: Server, number: int, args, say: Callable[[str], N
             f"{name}, {clients} clients: {row['requests_per_second']:.1f} requests/s, "
             f"p50 {row['p50_ms']:.1f} ms"
         )
-    rows.append(
-        {"kind": "start"}
-        | setting
-        | {"start_seconds": server.start_seconds, "resident_mb": server.resident_mb()}
-    )
+    start = {"start_seconds": server.start_seconds, "resident_mb": server.resident_mb()}
+    rows.append({"kind": "start"} | setting | start)
     if name == "int8":
         best = max(row["requests_per_second"] for row in rows if row["kind"] == "loop")
         row = server.overload(OVERLOAD * best, args.seconds)
@@ -338,14 +335,11 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of 2 s each: does it run?")
     parser.add_argument("--record", action="store_true", help="write to benchmarks/results/")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seconds", type=float, help="of each measurement")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server, too
     if not shutil.which("wrk"):
         raise BenchError("wrk sends the requests; apt-get install wrk, or brew install wrk")
-    rounds, seconds = (1, 2) if args.quick else (3, 6)
-    args.rounds, args.seconds = args.rounds or rounds, args.seconds or seconds
+    args.rounds, args.seconds = (1, 2) if args.quick else (3, 6)
     data = os.environ.get("AG_NEWS_DIR")
     texts = read_folder(Path(data) if data else SAMPLE)[1].texts
     header = record_header()

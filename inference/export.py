@@ -38,26 +38,18 @@ from inference.model_loader import (
     LoadError,
     import_openvino,
     int8_engine,
+    load_model,
     sha256,
     stamps,
     torch_engine,
 )
 from training.ag_news import HUB_DATASET, SIZES, SourceError, find_data
-from training.checkpoint import hold_signals, load_checkpoint
+from training.checkpoint import hold_signals
 from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data
-from training.model import Config, NewsClassifier
 
 MAX_ACCURACY_DROP = 0.003
 MIN_AGREEMENT = 0.99  # share of validation rows whose label int8 does not change
 CALIBRATION_ROWS = 300
-
-
-def load(folder: Path) -> tuple[NewsClassifier, dict]:
-    """The trained model on the CPU, and all of its checkpoint."""
-    state = load_checkpoint(folder / CHECKPOINT, ("model", "config"))
-    model = NewsClassifier(Config(**state["config"])).eval()
-    model.load_state_dict(state["model"])
-    return model, state
 
 
 def make_readable(folder: Path) -> None:
@@ -75,7 +67,7 @@ def writing(path: Path):
         raise LoadError(f"cannot write {path}: {error}; is the disk full?") from None
 
 
-def write_int8(model: NewsClassifier, rows: list[np.ndarray], path: Path) -> None:
+def write_int8(model: torch.nn.Module, rows: list[np.ndarray], path: Path) -> None:
     """`model` as OpenVINO's .xml and .bin, static int8: the scales of activations are fixed by what
     they are for `rows` of token ids, so that a text's scores do not depend on its batch."""
     example = (torch.ones(2, 9, dtype=torch.int64), torch.ones(2, 9, dtype=torch.int64))
@@ -136,8 +128,8 @@ def write_metadata(folder: Path, checkpoint: Path, engine: Engine, **figures) ->
 def to_int8(folder: Path, choice: str | None) -> None:
     """Writes the int8 model and its metadata, or raises LoadError and writes nothing."""
     before = stamps(folder)
-    exact = torch_engine(folder)  # refuses what the server would refuse
-    model, state = load(folder)
+    exact = torch_engine(folder)
+    model, state = load_model(folder)
     trained_on = state["provenance"]["data"]
     if choice is None:
         choice = "sample" if trained_on == "sample" else "auto"
@@ -240,10 +232,9 @@ def to_hf(folder: Path) -> None:
     """A folder that `transformers.pipeline("text-classification", ...)` loads."""
     from transformers import AutoTokenizer, DistilBertConfig, DistilBertForSequenceClassification
 
-    torch_engine(folder)
+    model, state = load_model(folder)
     if not (folder / TOKENIZER).exists():
         raise LoadError(f"no tokenizer at {folder / TOKENIZER}; train again")
-    model, state = load(folder)
     shape = asdict(model.config)
     if (eps := shape.pop("layer_norm_eps")) != 1e-12:
         raise LoadError(

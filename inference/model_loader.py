@@ -109,19 +109,14 @@ def threads() -> int:
     return count or max(1, cores() // max(1, workers()))
 
 
-def torch_engine(folder: Path) -> Engine:
-    """Rank 0's checkpoint in fp32, on a GPU if there is one."""
+def load_model(folder: Path) -> tuple:
+    """(the trained model on the CPU, all of its checkpoint); LoadError if they do not fit."""
     path, tokenizer = folder / CHECKPOINT, folder / TOKENIZER
-    # oneDNN would keep torch's CPU kernels for 1,024 shapes, and memory grow until batches of as
-    # many sizes and lengths have been seen; tests/faults/serve.py watches it
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     try:
-        import torch
+        from training.checkpoint import CheckpointError, load_checkpoint
+        from training.model import Config, NewsClassifier
     except ImportError:
         raise LoadError(f"no usable {INT8_XML} in {folder}, and no torch to run {path}") from None
-
-    from training.checkpoint import CheckpointError, load_checkpoint
-    from training.model import Config, NewsClassifier
 
     keys = ("model", "config", "labels", "max_length", "metrics", "provenance", "tokenizer_sha256")
     try:
@@ -139,6 +134,17 @@ def torch_engine(folder: Path) -> Engine:
         raise LoadError(f"{path} holds weights that are not finite; {REMEDY}")
     if os.path.exists(tokenizer) and sha256(tokenizer) != state["tokenizer_sha256"]:
         raise LoadError(f"{tokenizer} is not the one that {path} was trained with; {REMEDY}")
+    return model, state
+
+
+def torch_engine(folder: Path) -> Engine:
+    """Rank 0's checkpoint in fp32, on a GPU if there is one."""
+    # oneDNN would keep torch's CPU kernels for 1,024 shapes, and memory grow until batches of as
+    # many sizes and lengths have been seen; tests/faults/serve.py watches it
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    model, state = load_model(folder)
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     torch.set_num_threads(threads())
@@ -154,9 +160,9 @@ def torch_engine(folder: Path) -> Engine:
         "engine": "torch",
         "device": device.type,
         "test_accuracy": state["metrics"]["test_accuracy"],
-        "checkpoint": sha256(path)[:12],
+        "checkpoint": sha256(folder / CHECKPOINT)[:12],
     }
-    return Engine(logits, labels, state["max_length"], model.config.vocab_size, info)
+    return Engine(logits, state["labels"], state["max_length"], model.config.vocab_size, info)
 
 
 def read_metadata(folder: Path) -> dict:
