@@ -92,7 +92,7 @@ def step(pieces: Pieces, tokens: float, accumulation: int = 1) -> float:
     it is hidden. On a GPU it runs beside backward. Backward is two thirds of a micro-batch.
     """
     micro = interpolate(pieces.compute, tokens)
-    if pieces.overlap and pieces.buckets:
+    if pieces.overlap:
         backward = micro * 2 / 3
         ready = ready_times(list(pieces.buckets), pieces.embeddings, backward)
         shown = exposed(ready, list(pieces.seconds), backward)
@@ -178,15 +178,14 @@ def gpu_step(
     are sent.
     """
     compute = ((0, 0), (1, flop / gpu.rate))  # of rows, not tokens
-    pieces = Pieces(compute, gpu.fixed, 0, 0, 0)
-    if world_size > 1:
-        size, embeddings = 0.5 if compressed else 1.0, EMBEDDINGS
-        if touched is not None:
-            saved = WORDS - touched * ROW
-            buckets, embeddings = (*buckets[:-1], buckets[-1] - saved), embeddings - saved
-        sent = tuple(size * bucket for bucket in buckets)
-        seconds = tuple(all_reduce(b, world_size, gpu.latency, gpu.bandwidth) for b in sent)
-        pieces = Pieces(compute, gpu.fixed, 0, 0, 0, sent, seconds, size * embeddings, True)
+    size, embeddings = 0.5 if compressed else 1.0, EMBEDDINGS
+    if touched is not None:
+        saved = WORDS - touched * ROW
+        buckets, embeddings = (*buckets[:-1], buckets[-1] - saved), embeddings - saved
+    sent = tuple(size * bucket for bucket in buckets)
+    # one process sends no message, so it takes no time
+    seconds = tuple(all_reduce(b, world_size, gpu.latency, gpu.bandwidth) for b in sent)
+    pieces = Pieces(compute, gpu.fixed, 0, 0, 0, sent, seconds, size * embeddings, True)
     return step(pieces, rows, accumulation)
 
 
