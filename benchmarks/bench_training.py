@@ -40,7 +40,6 @@ from training.dataset import DataError, prepare_data
 from training.model import ModelError, find_backbone, packaged_backbone, read_config
 
 BATCH = 32  # rows of a process's step in the real scripts and in Trainer
-WORLD_SIZES = (1, 2, 4)
 GRID = {
     "bf16": [True, False],
     "train_sampling_strategy": ["group_by_length", "random"],
@@ -216,10 +215,10 @@ class Bench:
         if self.devices > 1:
             call = partial(self.one, 2, self.threads, long, "ddp")
             parts.append(("train_ddp.py", 1.3 * long, call))
-        if self.devices > 1 and not self.quick:
-            what = "two processes without communication"
-            parts.append((what, 1.7 * short, self.no_communication))
-        launches = [(str(n), n, self.threads) for n in WORLD_SIZES if n <= self.devices]
+            if not self.quick:
+                what = "two processes without communication"
+                parts.append((what, 1.7 * short, self.no_communication))
+        launches = [(str(n), n, self.threads) for n in range(1, self.devices + 1)]
         if self.devices > 1 and not (self.cuda or self.quick):  # one process with all cores
             launches.append(("all cores", 1, cores))
         for launch in launches:
@@ -299,8 +298,7 @@ def main() -> None:
         raise utils.UsageError("--device cuda needs a GPU, and none is visible; use --device cpu")
     cuda = torch.cuda.is_available() and args.device != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
-    devices = torch.cuda.device_count() if cuda else machine.cores()
-    devices = max(n for n in WORLD_SIZES if n <= devices)
+    devices = min(2, torch.cuda.device_count() if cuda else machine.cores())
     precision, reason = utils.choose_precision("auto", device)
     # the best 16-bit arithmetic of this CPU, which decides its speed
     found = re.search("amx_bf16|avx512_bf16|no bf16", reason)

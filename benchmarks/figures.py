@@ -91,7 +91,6 @@ class Speed:
         self.device = "a GPU" if self.cuda else f"{threads} core{'s' * (threads > 1)}"
         plain = self.rows[(self.rows.kind == "step") & (self.rows.precision == record["precision"])]
         self.steps = plain[~plain.compiled.astype(bool)].astype({"micro": int, "accumulation": int})
-        self.world_sizes = [int(launch) for launch in self.launches if launch.isdigit()]
 
     # the real scripts
 
@@ -128,7 +127,7 @@ class Speed:
 
     def matmul_share(self) -> pd.Series:
         """What train_single.py reaches of the matmul throughput of the cores it has."""
-        launch = "1" if self.cuda else str(max(self.world_sizes))  # on a CPU, all cores at work
+        launch = "2" if self.ddp and not self.cuda else "1"  # on a CPU, all cores at work
         flop = self.record["gflop_per_sample"] * 1e9
         return (self.script("single") * flop / self.matmuls(launch)).dropna()
 

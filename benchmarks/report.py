@@ -136,8 +136,9 @@ def environment() -> Environment:
         "speed": first,
         "validated": next((s for s in found if s.ddp and len(s.errors()[1])), None),
         "plots": plots.draw(),
+        "curves": plots.curves(),
+        "timeline": timeline.summary(),
     }
-    env.globals |= {"curves": plots.curves(), "timeline": timeline.summary()}
     return env
 
 
