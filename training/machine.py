@@ -4,7 +4,6 @@ torch is imported where it is needed: the server asks for the cores, and its ima
 """
 
 import ctypes
-import http.client
 import math
 import os
 import platform
@@ -35,14 +34,11 @@ def cores() -> int:
         if controllers and "cpu" not in controllers.split(","):
             continue
         folder = Path("/sys/fs/cgroup", "cpu" if controllers else "", path.lstrip("/"))
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         for level in (folder, *folder.parents):  # every enclosing group limits it as well
             try:
-                if controllers:
-                    files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-                    quota, period = ((level / name).read_text() for name in files)
-                else:
-                    quota, period = (level / "cpu.max").read_text().split()
-                if quota.strip() != "max" and int(quota) > 0:
+                quota, period = " ".join((level / name).read_text() for name in files).split()
+                if quota != "max" and int(quota) > 0:
                     allowed = min(allowed, math.ceil(int(quota) / int(period)))
             except (OSError, ValueError):
                 continue
@@ -81,13 +77,13 @@ def set_offline_mode(seconds: float = 5) -> bool:
         url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
-            answers.append(True)
-        except urllib.error.HTTPError:  # also an answer
-            answers.append(True)
-        except (OSError, ValueError, http.client.HTTPException) as error:  # also: no HTTP there
+        except urllib.error.HTTPError:
+            pass  # also an answer
+        except Exception as error:  # no route, a wrong address, a server without HTTP
             # a certificate that Python cannot check: the Hub's own client has other authorities
-            if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
-                answers.append(True)
+            if not isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+                return
+        answers.append(True)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
