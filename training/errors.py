@@ -197,10 +197,9 @@ def note_stop_signals() -> list[int]:
     return received_signals
 
 
-def exit_stopped(received: list[int], step: int, fresh: bool) -> None:
+def exit_stopped(received: list[int], step: int) -> None:
     """Ends the process with 128 + the signal's number, as a shell would report it."""
-    without = " without --fresh" * fresh
-    print0(f"stopped and saved at step {step}; the same command{without} resumes from there")
+    print0(f"stopped and saved at step {step}; {same_command_resumes()}")
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # a barrier on the CPU: rank 0 has saved
     os._exit(128 + (received or [signal.SIGTERM])[0])  # another rank may be the one that got it

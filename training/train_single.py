@@ -146,7 +146,7 @@ def main() -> None:
             if master_process and (saving or stop):
                 checkpoint.save_last(args, recipe, trainer_state, step, history, epoch_sums)
             if stop:
-                errors.exit_stopped(stop_signals, step, args.fresh)
+                errors.exit_stopped(stop_signals, step)
             rows, t0 = 0, time.perf_counter()
 
         val = utils.evaluate(raw_model, val_loader, device, autocast)
