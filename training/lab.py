@@ -79,9 +79,6 @@ class Lab:
     def gradient(self) -> torch.Tensor:
         return torch.cat([p.grad.flatten() for p in self.raw_model.parameters()])
 
-    def weights(self) -> torch.Tensor:
-        return torch.cat([p.detach().flatten() for p in self.raw_model.parameters()])
-
 
 def both(value) -> list:
     """The value of rank 0 and of rank 1."""
@@ -155,7 +152,7 @@ def no_averaging(rank: int, broken: bool) -> dict:
         lab.loss(batch, lab.raw_model if broken else lab.model).backward()
         lab.optimizer.step()
         lab.optimizer.zero_grad()
-        zero, one = both(lab.weights())
+        zero, one = both(nn.utils.parameters_to_vector(lab.raw_model.parameters()).detach())
         distances.append(float((zero - one).norm()))
     return {"distance between the ranks' weights, by step": distances}
 
@@ -221,23 +218,14 @@ def undivided_accumulation(rank: int, broken: bool) -> dict:
     return {"norm of the gradient with 1, 2, 4, 8 micro-batches": norms}
 
 
-class HalfUsed(nn.Module):
-    """A model whose forward leaves out a layer, as one with two heads does."""
-
-    def __init__(self):
-        super().__init__()
-        self.used, self.unused = nn.Linear(8, 1), nn.Linear(8, 1)
-
-    def forward(self, x):
-        return self.used(x)
-
-
 def unused_parameters(rank: int, broken: bool) -> dict:
     """DDP 4/7. DDP waits for every parameter's gradient; one that backward leaves out never comes.
 
     find_unused_parameters searches the graph after every forward, which costs time.
     """
-    model, steps = DistributedDataParallel(HalfUsed(), find_unused_parameters=not broken), 0
+    layer, steps = nn.Linear(8, 1), 0
+    layer.unused = nn.Parameter(torch.ones(8))  # the forward leaves it out, as one of two heads
+    model = DistributedDataParallel(layer, find_unused_parameters=not broken)
     try:
         while steps < 3:
             model(torch.ones(2, 8)).sum().backward()
