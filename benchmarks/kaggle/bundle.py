@@ -15,7 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from training.machine import ROOT, git_commit
+
 OUT = ROOT / "build" / "kaggle"
 CONTENT = "training benchmarks docs README.md requirements.txt requirements-dev.txt".split()
 
@@ -70,25 +71,21 @@ def user() -> str:
     return named or owner
 
 
-def git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout
+def git(*args: str) -> bytes:
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, check=True).stdout
 
 
 def content() -> bytes:
     """The tracked files of CONTENT as they are now."""
-    tree = git("stash", "create").strip() or "HEAD"  # with changes that are not committed
-    command = ["git", "archive", tree, *CONTENT, ":!benchmarks/plots"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
-    return lzma.compress(done.stdout)
+    tree = git("stash", "create").decode().strip() or "HEAD"  # with changes not committed
+    return lzma.compress(git("archive", tree, *CONTENT, ":!benchmarks/plots"))
 
 
 def main(out: Path = OUT) -> None:
-    commit = git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").strip()
     packed = base64.b85encode(content()).decode()
     lines = "\n".join(packed[i : i + 100] for i in range(0, len(packed), 100))
     out.mkdir(parents=True, exist_ok=True)
-    kernel = KERNEL.replace("{commit}", commit).replace("{content}", lines)
+    kernel = KERNEL.replace("{commit}", git_commit() or "unknown").replace("{content}", lines)
     (out / "kernel.py").write_text(kernel)
     name = f"{user()}/distrinews"
     metadata = {
