@@ -149,12 +149,7 @@ def main() -> None:
     add("space", metavar="OWNER/NAME")
     add("--private", action="store_true", help="for its owner's token only")
     add("--dry-run", action="store_true", help="list the files, no network access")
-    add(
-        "--timeout",
-        type=int,
-        default=1200,
-        help="seconds to build and start (default: %(default)s)",
-    )
+    add("--timeout", type=int, default=1200, help="seconds to start (default: %(default)s)")
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.space):
         raise DeployError(f"{args.space}: expected OWNER/NAME")
@@ -182,9 +177,8 @@ def main() -> None:
             others = {file.rfilename for file in info.siblings or ()}
             if others - {".gitattributes", "README.md"} and "inference/app.py" not in others:
                 raise DeployError(f"{args.space} holds another app; choose another name")
-            done = api.upload_folder(
-                **space, folder_path=folder, commit_message="Deploy DistriNews"
-            )
+            how = {"folder_path": folder, "commit_message": "Deploy DistriNews"}
+            done = api.upload_folder(**space, **how)
             checkpoint = metadata["info"]["checkpoint"]
             wait_until_served(api, args.space, done.oid, checkpoint, args.timeout)
         except (HTTPError, HFValidationError, OSError, RuntimeError) as error:
