@@ -1,3 +1,5 @@
+# not /bin/bash: make of macOS would look plain commands up in the PATH of before
+SHELL := bash
 # everything runs in .venv, which is made on first use; PYTHON=python3.12 makes one with another Python
 PYTHON ?= python3
 PORT ?= 7860

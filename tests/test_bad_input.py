@@ -53,6 +53,7 @@ def one_line(caught):
         (["--seed", str(2**64)], "below 2^63"),
         (["--epochs", "1", "--no-such-flag"], "--no-such-flag; --help lists all flags"),
         (["--epochs", "two"], "invalid int value"),
+        (["--checkpoint-dir", ""], "is a variable of the shell not set?"),
         (["--fres"], "--fres; --help lists all flags"),
         (["--precision", "fp16"], "needs a GPU"),
     ],

@@ -230,6 +230,8 @@ def test_unreadable_files_are_one_line(tmp_path):
     for name in ("train.csv", "train.parquet", "train.csv.gz"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
         refused(tmp_path / name, "git lfs pull")
+    lines = ["text\tlabel", '"He said\t0', "between\t1", 'and left"\t2']  # not quoted when written
+    refused(write(tmp_path / "train.tsv", lines), "a quotation mark")
     cut = write(tmp_path / "train.csv.gz", form("kaggle"))
     cut.write_bytes(cut.read_bytes()[:-20])
     refused(cut, "")
@@ -237,6 +239,14 @@ def test_unreadable_files_are_one_line(tmp_path):
         ag_news.read_folder(write(tmp_path / "a" / "train.csv", form("kaggle")).parent)
     with pytest.raises(SourceError, match="no such folder"):
         ag_news.read_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["ag_news", "sample"])
+def test_a_source_s_name_that_is_a_folder_too_is_refused(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=f"--data ./{name}"):
+        ag_news.find_data(name)
 
 
 def test_too_few_rows_or_classes(tmp_path, tiny_backbone):

@@ -83,6 +83,8 @@ def test_an_error_of_nccl_is_told_apart_from_a_process_that_is_gone(text, line, 
         ("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`", "out of memory; use"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`", "out of memory; use"),
         ("CUDA error: no kernel image is available for execution on the device", "this torch has"),
+        ("The NVIDIA driver on your system is too old (found 12040).\nPlease", "The NVIDIA driver"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nx", "CUDA error"),
     ],
 )
 def test_what_a_gpu_lacks_is_one_line(text, line):

@@ -230,6 +230,16 @@ def test_under_nohup_a_closed_terminal_does_not_stop_the_run(launch):
     assert process.returncode == 128 + signal.SIGTERM
 
 
+def test_in_the_background_of_a_script_ctrl_c_for_another_program_is_not_heard(launch):
+    process = launch(STOPPING, prefix=["sh", "-c", 'trap "" INT; exec "$@"', "sh"])
+    until_ready(process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == 2 * "saved after 1\n"
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's own")
 def test_ranks_end_when_torchrun_is_killed(launch):
     process = launch("import errors\nerrors.end_with_launcher()\n" + STOPPING)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -66,6 +67,19 @@ def test_another_precision_resumes_and_says_so(unfinished, flags, tmp_path):
     other = "bf16" if state["recipe"]["--precision"] == "fp32" else "fp32"
     (rank,) = train(0, flags(unfinished, "--precision", other), tmp_path)
     assert f"at step 5, in {other} instead of" in rank.stdout
+    before = [{"world_size": 1, "precision": state["recipe"]["--precision"], "until_step": 5}]
+    saved = torch.load(unfinished / "distilbert_agnews.pt")["provenance"]
+    assert rank.record["before"] == saved["before"] == before
+
+
+def test_the_backbones_own_dropout_may_be_named_and_another_is_refused_as_such(
+    unfinished, flags, tmp_path, tiny_backbone
+):
+    own = json.loads((tiny_backbone / "config.json").read_text())["dropout"]
+    (rank,) = train(0, flags(unfinished, "--dropout", 0.25), tmp_path, 1)
+    assert "--dropout (was" in rank.stderr and "--model" not in rank.stderr
+    (rank,) = train(0, flags(unfinished, "--dropout", own), tmp_path)
+    assert rank.record["resumed_at"] == [5]
 
 
 def test_fresh_starts_over(unfinished, flags, tmp_path):
@@ -201,7 +215,7 @@ def test_a_stream_that_breaks_leaves_the_other_in_use(broken):
 
 def test_a_recipe_does_not_depend_on_the_random_head(tiny_backbone):
     args, recipes = argparse.Namespace(), []
-    names = "max_length global_batch_size lr warmup dropout epochs max_steps seed"
+    names = "max_length global_batch_size lr warmup epochs max_steps seed"
     vars(args).update(dict.fromkeys(names.split()))
     for seed in (0, 1):
         torch.manual_seed(seed)  # as another instruction set would do

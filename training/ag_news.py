@@ -76,6 +76,8 @@ def csv_rows(path: Path) -> Iterator[tuple[str, list]]:
     reader, line = csv.reader(file, delimiter=delimiter, strict=True), 1
     try:
         for cells in reader:
+            if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                raise csv.Error("a quotation mark that closes lines later; double each, and quote")
             if cells:
                 yield f"line {line}", cells
             line = reader.line_num + 1  # a quoted cell may span several lines
@@ -298,6 +300,8 @@ def read_kaggle() -> Source:
 
 def find_data(choice: str) -> Source:
     """What `--data` chose. Only `auto` falls back to another source."""
+    if choice in ("ag_news", "sample") and Path(choice).is_dir():
+        raise SourceError(f"--data {choice}: a source's name, and a folder here; --data ./{choice}")
     if choice == "sample":
         return Source(*read_folder(SAMPLE), "sample", "set by --data")
     if choice == "ag_news":

@@ -17,6 +17,7 @@ import time
 import zipfile
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MODEL, LAST = "distilbert_agnews.pt", "last.pt"
-LAST_KEYS = "model optimizer scaler step history epoch_sums recipe launcher".split()
+LAST_KEYS = "model optimizer scaler step history epoch_sums recipe launcher world_size".split()
 FOLDER = Path(os.environ.get("CHECKPOINT_DIR") or Path(__file__).parent.parent / "checkpoints")
 claimed = []
 
@@ -222,7 +223,7 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
     metrics |= {key: record["epochs"][-1][key] for key in ("val_loss", "val_accuracy")}
     origin = (
         "data data_fingerprint model git_commit versions world_size seed precision lr warmup "
-        "global_batch_size total_steps train_samples host command"
+        "global_batch_size total_steps train_samples host command before"
     ).split()
     state = {key: record[key] for key in ("config", "labels", "max_length")}
     state |= {
@@ -250,12 +251,14 @@ def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -
     The number of processes and the micro-batch are not part of it: they change rounding, and which
     dropout masks are drawn.
     """
-    weights = hashlib.sha256(repr(model.config).encode())
+    shape = replace(model.config, dropout=0, attention_dropout=0)  # they are told below
+    weights = hashlib.sha256(repr(shape).encode())
     # not the head: its random numbers depend on the CPU's instructions, and --seed is listed
     for parameter in model.distilbert.parameters():
         weights.update(parameter.detach().cpu().numpy())
-    names = "max_length global_batch_size lr warmup dropout epochs max_steps seed"
+    names = "max_length global_batch_size lr warmup epochs max_steps seed"
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names.split()}
+    flags["--dropout"] = (model.config.dropout, model.config.attention_dropout)
     flags |= {"the data or --max-*-samples": data_fingerprint, "--model": weights.hexdigest()[:16]}
     return flags | {"--precision": precision}
 
@@ -264,7 +267,8 @@ def save_last(args, recipe: dict, trainer_state: dict, step: int, history, epoch
     """Saves all that the rest of the run depends on."""
     state = {name: part.state_dict() for name, part in trainer_state.items()}
     state |= {"step": step, "history": history, "epoch_sums": epoch_sums, "recipe": recipe}
-    state |= {"launcher": launcher_id()}
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    state |= {"launcher": launcher_id(), "world_size": world_size}
     save_checkpoint(state, args.checkpoint_dir / LAST)
 
 
@@ -352,9 +356,12 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
         dist.all_reduce(torch.zeros(1))  # a barrier on the CPU
         os._exit(0)  # nothing is left to do; an orderly exit can hang
     if state is None:
-        return 0, {"epochs": [], "curve": [], "resumed_at": []}, torch.zeros(4, dtype=torch.float64)
+        history = {name: [] for name in ("epochs", "curve", "resumed_at", "before")}
+        return 0, history, torch.zeros(4, dtype=torch.float64)
     for name, part in trainer_state.items():
         if name != "scaler" or (part.is_enabled() and state[name]):  # empty unless both are fp16
             part.load_state_dict(state[name])
     state["history"]["resumed_at"].append(state["step"])
+    part = {"world_size": state["world_size"], "precision": state["recipe"]["--precision"]}
+    state["history"]["before"].append(part | {"until_step": state["step"]})
     return state["step"], state["history"], state["epoch_sums"]

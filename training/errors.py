@@ -85,6 +85,9 @@ def explain(error: BaseException, kinds: tuple) -> tuple[str | None, bool]:
         return "out of memory; use a smaller --micro-batch-size", False
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
         return f"{error.filename or 'writing a file'}: {error.strerror}", False
+    no_gpu = "NVIDIA driver|cudaGetDeviceCount|No CUDA GPUs|busy or unavailable|CUDA unknown error"
+    if re.search(no_gpu, text):  # device_count() had asked NVML, which opens none
+        return f"{text.splitlines()[0]}; to train on the CPU: CUDA_VISIBLE_DEVICES=", False
     if "no kernel image is available" in text:
         return "this torch has no code for this GPU; see https://pytorch.org/get-started", False
     if "Unable to find address for: " in text:  # gloo on a host without this interface
@@ -186,7 +189,7 @@ def note_stop_signals() -> list[int]:
                         break
                     except OSError:
                         discard_output(1)
-        # torchrun passes a second Ctrl-C on as SIGTERM, and at its death the kernel sends SIGINT.
+        # torchrun passes a second Ctrl-C on as SIGTERM, and at its death the kernel sends one.
         # Within a second it is the same event: the kernel, and Slurm, can send it twice.
         elif signal.SIGINT in (received_signals[0], number) and time.monotonic() - first_at > 1:
             raise KeyboardInterrupt
@@ -206,11 +209,11 @@ def exit_stopped(received: list[int], step: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """On Linux, has the kernel send this rank SIGINT when torchrun dies, even by SIGKILL.
+    """On Linux, has the kernel send this rank SIGTERM when torchrun dies, even by SIGKILL.
 
     Otherwise the rank would keep training, unnoticed, next to the run that is started next.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGINT)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(os.environ.get("LAUNCHER_PID", os.getppid())):
             os._exit(1)  # torchrun died before the request

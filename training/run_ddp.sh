@@ -28,10 +28,12 @@ check() {  # NAME VALUE LOWEST HIGHEST
 
 candidates=(python python3 "$here/../.venv/bin/python")  # .venv: `make` created it, not activated
 [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+needs='import importlib.util as u; [u.find_spec(name).name for name in ("torch", "transformers")]'
 for python in "${candidates[@]}" ''; do
-  "$python" -c 'import importlib.util as u; u.find_spec("torch").name' &>/dev/null && break
+  "$python" -c "$needs" &>/dev/null && break
 done
-[ -n "$python" ] || fail "no torch in ${candidates[*]}: activate its environment, or set PYTHON"
+[ -n "$python" ] || fail "no torch and transformers in ${candidates[*]}: activate their environment, \
+or set PYTHON"
 
 nproc=${NPROC_PER_NODE:-2} nnodes=${NNODES:-1} restarts=${MAX_RESTARTS:-0}
 if [ -z "${NPROC_PER_NODE:-}" ] &&  # torch takes seconds to say that there is no GPU
@@ -60,10 +62,6 @@ start the same command again on every host"
 fi
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted ranks meet in a new, empty store
-# torchrun forwards a signal to all ranks and waits while they finish their step and save. SIGUSR1 is
-# Slurm's warning; SIGUSR2 comes from a rank (see torchrun.py); nohup ignores SIGHUP, which we keep.
-signals=SIGINT,SIGTERM,SIGQUIT,SIGUSR1,SIGUSR2$([ -n "$(trap -p HUP)" ] || echo ,SIGHUP)
-export PET_SIGNALS_TO_HANDLE=$signals  # the environment's form of torchrun's --signals-to-handle
 block="env --block-signal=INT"  # Python's own start would answer Ctrl-C with a traceback
 $block true 2>/dev/null || block=env  # as on macOS
 trap - INT  # else a Ctrl-C during exec would be lost

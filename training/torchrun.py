@@ -7,7 +7,8 @@ of its own below the line that the rank has printed, and exits with 1.
 try:
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is behind a script's `&`
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # run_ddp.sh blocked it
 except KeyboardInterrupt:
     raise SystemExit(130) from None
@@ -23,6 +24,11 @@ LOG_VARIABLES = "LOGLEVEL TORCH_LOGS TORCH_CPP_LOG_LEVEL TORCH_DISTRIBUTED_DEBUG
 
 def main() -> int | str:
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see end_with_launcher in errors.py
+    # torchrun forwards these to all ranks and waits while they finish their step and save. USR1 is
+    # Slurm's warning, USR2 comes from a rank (below). What nohup or a script's `&` ignores is kept.
+    numbers = (getattr(signal, f"SIG{name}") for name in "INT TERM QUIT HUP USR1 USR2".split())
+    heard = [n.name for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(heard)
     if not os.environ.get("OMP_NUM_THREADS"):  # torchrun would set 1: on a CPU cores would idle
         processes = int(sys.argv[sys.argv.index("--nproc-per-node") + 1])
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // processes))

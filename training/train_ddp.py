@@ -7,7 +7,8 @@ diff training/train_single.py training/train_ddp.py       # what DDP adds
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as it is behind a script's `&`
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import argparse
 import math
@@ -195,6 +196,7 @@ def main() -> None:
             rows, t0 = 0, time.perf_counter()
 
         val = utils.evaluate(raw_model, val_loader, device, autocast)
+        progress.unpause()  # the time left is that of steps
         run_record.log_epoch(history, tensorboard, step, epoch_sums, val)
         epoch_sums.zero_()
     progress.close()

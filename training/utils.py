@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -165,6 +166,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for a flag whose value makes no sense; expands ~ in the others."""
+    if "" in sys.argv[1:]:
+        raise UsageError("a flag's value is empty: is a variable of the shell not set?")
     for name, value in vars(args).items():
         if isinstance(value, str | Path):  # no shell expands --flag=~/folder
             setattr(args, name, type(value)(os.path.expanduser(value)))
