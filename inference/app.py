@@ -96,7 +96,7 @@ def fail(error) -> NoReturn:
             time.sleep(5)
             os._exit(1)
     if master and not first:
-        master.join(2)
+        master.join(10)  # the first is as slow as this one was
     if not master or master.is_alive():
         print(f"error: {error}", file=sys.stderr, flush=True)
     if master and first:

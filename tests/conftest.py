@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -19,6 +20,9 @@ LONGEST += " lab ddp page comm_hooks report bad_input profiler kubernetes"
 
 def pytest_configure(config):
     os.environ["no_proxy"] = "127.0.0.1,localhost"  # a proxy does not reach the tests' servers
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # behind nohup or `&`; programs inherit that
+            signal.signal(number, lambda *_: None)
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the other tests compare with results of a CPU
 
