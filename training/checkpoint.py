@@ -256,11 +256,12 @@ def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -
     # not the head: its random numbers depend on the CPU's instructions, and --seed is listed
     for parameter in model.distilbert.parameters():
         weights.update(parameter.detach().cpu().numpy())
+    # causes first: another backbone may bring another dropout
+    recipe = {"the data or --max-*-samples": data_fingerprint, "--model": weights.hexdigest()[:16]}
     names = "max_length global_batch_size lr warmup epochs max_steps seed"
-    flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names.split()}
-    flags["--dropout"] = (model.config.dropout, model.config.attention_dropout)
-    flags |= {"the data or --max-*-samples": data_fingerprint, "--model": weights.hexdigest()[:16]}
-    return flags | {"--precision": precision}
+    recipe |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in names.split()}
+    recipe["--dropout"] = (model.config.dropout, model.config.attention_dropout)
+    return recipe | {"--precision": precision}
 
 
 def save_last(args, recipe: dict, trainer_state: dict, step: int, history, epoch_sums) -> None:
