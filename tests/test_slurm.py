@@ -166,7 +166,7 @@ class Job:
     def wait_for(self, *states: str) -> str:
         ended = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
         state = wait_for(lambda: (s := self.state()) in (*states, *ended) and s, states, 120)
-        assert state in states, f"{state}: {self.log.read_text()}"
+        assert state in states, f"{state}: {self.log.read_text(errors='replace')}"
 
     def ranks(self) -> list[int]:
         """The training processes on both nodes."""
@@ -212,7 +212,11 @@ def test_an_interrupted_job_is_queued_again_and_resumes_with_the_same_losses(
             minutes, seconds = job.state("%M").split(":")
             limit = (60 * int(minutes) + int(seconds) + 75) // 60 + 1
             cluster("scontrol", "update", f"JobId={job.id}", f"TimeLimit={limit}")
-            wait_for(lambda: "slurm.sbatch: USR1" in job.log.read_text(), "the warning", 90)
+            wait_for(
+                lambda: "slurm.sbatch: USR1" in job.log.read_text(errors="replace"),
+                "the warning",
+                90,
+            )
         job.resume()
         job.wait_for("PENDING")
         if state:
@@ -220,7 +224,7 @@ def test_an_interrupted_job_is_queued_again_and_resumes_with_the_same_losses(
         # Slurm would wait for two minutes; a node refuses a job in the second of its end
         cluster("scontrol", "update", f"JobId={job.id}", "StartTime=now+3", "TimeLimit=30")
     job.wait_for("COMPLETED")
-    log = job.log.read_text()
+    log = job.log.read_text(errors="replace")
     assert log.count("stopped and saved at step") == log.count("resuming from") == 3
     assert log.count(f"saved {tmp_path}") == 1  # by rank 0 alone
     record = json.loads((tmp_path / "record").read_text())
