@@ -365,3 +365,5 @@ if __name__ == "__main__":
         main()
     except (BenchError, SourceError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: stopped")
