@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -275,33 +276,33 @@ def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, answers, 
     assert not page.all("#bold, img") and page.driver.execute_script("return window.hit") is None
 
 
+@contextmanager
+def network(driver, **conditions):
+    usual = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    driver.execute_cdp_cmd("Network.enable", {})
+    driver.execute_cdp_cmd("Network.emulateNetworkConditions", usual | conditions)
+    try:
+        yield
+    finally:
+        driver.execute_cdp_cmd("Network.emulateNetworkConditions", usual)
+
+
 def test_without_a_network_the_page_says_so_and_recovers(fake_api, page):
     page.open(fake_api).says("#model", "87.6 %")
-    offline = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    page.driver.execute_cdp_cmd("Network.enable", {})
-    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
-    try:
+    with network(page.driver, offline=True):
         page.ask("anything")
         page.says("#answer", "cannot be reached")
         page.says("#model", "cannot be reached")
-    finally:
-        online = offline | {"offline": False}
-        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", online)
     page.says("#model", "87.6 %")
     assert page.one("#text").get_property("value") == "anything"
 
 
 def test_while_an_answer_takes_long_the_page_says_so(fake_api, page):
     page.open(fake_api).says("#model", "87.6 %")
-    slow = {"offline": False, "latency": 4500, "downloadThroughput": -1, "uploadThroughput": -1}
-    page.driver.execute_cdp_cmd("Network.enable", {})
-    page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
-    try:
+    with network(page.driver, latency=4500):
         page.ask("anything")
         page.says("#answer", "No answer yet")
         page.says("#answer", "not sure")
-    finally:
-        page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow | {"latency": 0})
 
 
 def test_the_policy_lets_the_space_frame_the_page_and_nobody_else(server, fake_api, answers, page):
