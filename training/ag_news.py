@@ -77,7 +77,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, list]]:
     try:
         for cells in reader:
             if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
-                raise csv.Error("a quotation mark opens a cell that ends lines later; double it, in quotes")
+                raise csv.Error("a quotation mark opens a cell that ends lines later: write two")
             if cells:
                 yield f"line {line}", cells
             line = reader.line_num + 1  # a quoted cell may span several lines
