@@ -137,6 +137,7 @@ class Server:
                 raise BenchError(f"the {self.name} server did not start: {reason}")
             time.sleep(0.02)
         self.start_seconds = time.perf_counter() - self.t0
+        self.start_mb = self.resident_mb()
 
     def answers(self, body: str, headers: dict) -> bool:
         try:
@@ -266,7 +267,8 @@ def measure(name: str, server: Server, number: int, args, say: Callable[[str], N
             f"{name}, {clients} clients: {row['requests_per_second']:.1f} requests/s, "
             f"p50 {row['p50_ms']:.1f} ms"
         )
-    start = {"start_seconds": server.start_seconds, "resident_mb": server.resident_mb()}
+    start = {"start_seconds": server.start_seconds, "resident_mb": server.start_mb}
+    start["after_mb"] = server.resident_mb()
     rows.append({"kind": "start"} | setting | start)
     if name == "int8":
         best = max(row["requests_per_second"] for row in rows if row["kind"] == "loop")

@@ -234,8 +234,8 @@ def int8_engine(folder: Path) -> Engine:
         "ENABLE_CPU_PINNING": False,
         # not bf16 where a CPU has it: scores would depend on the machine, and more on the batch
         "INFERENCE_PRECISION_HINT": "f32",
-        # kernels are cached by the batch's shape; 5,000, the default, would fill the memory
-        "CPU_RUNTIME_CACHE_CAPACITY": 16,
+        # kernels are cached by shape: enough for the usual ones; 5,000, the default, is gigabytes
+        "CPU_RUNTIME_CACHE_CAPACITY": 128,
     }
     core, lock = openvino.Core(), Lock()
     try:
@@ -248,6 +248,12 @@ def int8_engine(folder: Path) -> Engine:
         raise LoadError(f"OpenVINO cannot run {folder / INT8_XML}; {EXPORT}") from None
 
     def logits(input_ids: np.ndarray, attention_mask: np.ndarray, tensor=tensor) -> np.ndarray:
+        # a new shape costs far more than a known one, and memory for its kernels; so lengths are
+        # multiples of 16 here, and batches powers of two in batcher.py
+        length = input_ids.shape[1]
+        width = min(length + -length % 16, max(length, metadata["max_length"]))
+        padding = ((0, 0), (0, width - length))
+        input_ids, attention_mask = np.pad(input_ids, padding), np.pad(attention_mask, padding)
         with lock:  # a request runs one batch at a time
             return request.infer({"input_ids": input_ids, "attention_mask": attention_mask})[0]
 

@@ -80,6 +80,19 @@ async def test_what_waits_together_is_batched_by_length_oldest_first(max_tokens,
     assert [batch for batch in held.batches if batch in long_rows] == long_rows
 
 
+async def test_batches_have_few_sizes():
+    held = HeldModel()
+    batcher = Batcher(held)
+    first = asyncio.create_task(batcher.submit([[1]]))
+    await let_it_work()
+    rest = asyncio.create_task(batcher.submit([[1, 2]] * 31))
+    await let_it_work()
+    held.release.set()
+    await asyncio.gather(first, rest)
+    batcher.close()
+    assert list(map(len, held.batches)) == [1, 16, 8, 4, 2, 1]
+
+
 async def test_what_is_inside_counts_until_it_is_answered():
     held, inside = HeldModel(), []
     batcher = Batcher(held, limit=8, on_admitted=inside.append)
