@@ -77,8 +77,8 @@ def trained_on(run: dict) -> str:
 # Records with a form of their own
 
 
-def serving(kind: str) -> pd.DataFrame:
-    rows = pd.DataFrame(read("inference_speed")["rows"])
+def serving(kind: str, name: str = "inference_speed") -> pd.DataFrame:
+    rows = pd.DataFrame(read(name)["rows"])
     return rows[rows.kind == kind]
 
 
@@ -134,7 +134,6 @@ def environment() -> Environment:
     env.globals |= {
         "speeds": found,
         "speed": first,
-        "validated": next((s for s in found if s.ddp and len(s.errors()[1])), None),
         "plots": plots.draw(),
         "curves": plots.curves(),
         "timeline": timeline.summary(),
