@@ -234,7 +234,7 @@ def int8_engine(folder: Path) -> Engine:
         "ENABLE_CPU_PINNING": False,
         # not bf16 where a CPU has it: scores would depend on the machine, and more on the batch
         "INFERENCE_PRECISION_HINT": "f32",
-        # kernels are cached by shape: enough for the usual ones; 5,000, the default, is gigabytes
+        # kernels are cached by shape: enough for usual ones; 5,000, the default, fills the memory
         "CPU_RUNTIME_CACHE_CAPACITY": 128,
     }
     core, lock = openvino.Core(), Lock()
