@@ -351,7 +351,6 @@ def main() -> None:
         "model": "DistilBERT-base, random weights",
         "texts": f"folder {Path(data).name}" if data else "sample",
         "seconds": args.seconds,
-        "settled": True,  # no measurement holds requests that were left over from the one before
         "skipped": skipped,
     }
     record["versions"] |= {name: version(name) for name in ("openvino", "litserve")}
