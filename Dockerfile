@@ -7,7 +7,8 @@
 #   PORT             the port to listen on (7860)
 #   THREADS          threads of the model (default: the container's CPUs, shared by the workers);
 #                    OMP_NUM_THREADS is taken, too
-#   WEB_CONCURRENCY  server processes (1); give them PROMETHEUS_MULTIPROC_DIR for a common /metrics
+#   WEB_CONCURRENCY  server processes (1); give them PROMETHEUS_MULTIPROC_DIR for a common /metrics,
+#                    and docker run --init, else a failed start has exit status 0
 #   ALLOW_ORIGINS    sites whose pages may ask, "*" or separated by commas (none)
 #   UVICORN_...      other flags of uvicorn, such as UVICORN_TIMEOUT_KEEP_ALIVE=30
 FROM python:3.12-slim

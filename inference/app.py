@@ -77,15 +77,20 @@ def problem_of(body: bytes) -> str | None:
     return None
 
 
-def fail(error) -> NoReturn:
+def fail(error: Exception) -> NoReturn:
     """Ends the server with one line; an exception would get uvicorn's traceback around it.
 
     Exit status 3 means "cannot start" to the masters of uvicorn and gunicorn, which then start no
     further worker. uvicorn's would itself end with status 0, as if all were well, so the first of
     its workers ends it by a signal, and speaks for the others, who fail for the same reason. A
     worker of uvicorn's that replaces one that died ends itself alone, and is replaced in turn:
-    the others serve. (gunicorn ends with such a worker.)
+    the others serve. (gunicorn ends with such a worker.) In a container uvicorn itself may be
+    process 1, which no signal from inside ends unasked: there it ends with status 0.
+
+    In a notebook or a test, which has more to do than to serve, it is raised.
     """
+    if not re.search("u[nv]icorn", sys.argv[0]):
+        raise error
     kind, _, number = multiprocessing.current_process().name.rpartition("-")
     started_by_uvicorn = kind == "SpawnProcess" and "uvicorn" in sys.argv[0]  # with --workers
     master = multiprocessing.parent_process() if started_by_uvicorn else None
@@ -97,7 +102,7 @@ def fail(error) -> NoReturn:
             os._exit(1)
     if master and not first:
         master.join(10)  # the first is as slow as this one was
-    if not master or master.is_alive():
+    if first or not master or (master.is_alive() and master.pid != 1):
         print(f"error: {error}", file=sys.stderr, flush=True)
     if master and first:
         os.kill(master.pid, signal.SIGALRM)
@@ -108,9 +113,10 @@ if METRICS_FOLDER:
     try:
         Path(METRICS_FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"PROMETHEUS_MULTIPROC_DIR={METRICS_FOLDER} is no folder: {error.strerror}")
+        text = f"PROMETHEUS_MULTIPROC_DIR={METRICS_FOLDER} is no folder: {error.strerror}"
+        fail(LoadError(text))
     if not os.access(METRICS_FOLDER, os.W_OK):
-        fail(f"PROMETHEUS_MULTIPROC_DIR={METRICS_FOLDER} cannot be written")
+        fail(LoadError(f"PROMETHEUS_MULTIPROC_DIR={METRICS_FOLDER} cannot be written"))
 
 BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5]
 requests = Counter("requests", "Requests by route and status", ["route", "status"])
@@ -182,7 +188,7 @@ class Service:
         await asyncio.shield(self.loading)
 
     async def load(self) -> None:
-        folder = Path(os.environ.get("CHECKPOINT_DIR") or CHECKPOINTS)
+        folder = Path(os.environ.get("CHECKPOINT_DIR") or CHECKPOINTS).expanduser()
         engine = os.environ.get("ENGINE") or "auto"
         try:
             self.classifier = await asyncio.to_thread(Classifier, folder, engine)
@@ -239,8 +245,6 @@ async def lifespan(app: FastAPIOffline):
     except Exception as error:
         if not isinstance(error, LoadError):
             logger.exception("the model cannot be loaded")
-        if not re.search("u[nv]icorn", sys.argv[0]):
-            raise  # in a notebook or a test, which has more to do than to serve
         fail(error)
     yield
     service.stop()
@@ -383,7 +387,8 @@ if origins := os.environ.get("ALLOW_ORIGINS", "").lower().replace(",", " ").spli
     host = r"([a-z0-9._-]+|\[[0-9a-f:]+\])"  # browsers send neither a path nor the default port
     origin = rf"\*|http://{host}(?!:80$)(:\d+)?|https://{host}(?!:443$)(:\d+)?"
     if wrong := [one for one in origins if not re.fullmatch(origin, one)]:
-        fail(f"ALLOW_ORIGINS: expected * or origins such as https://example.org, not {wrong[0]}")
+        what = f"expected * or origins such as https://example.org, not {wrong[0]}"
+        fail(LoadError(f"ALLOW_ORIGINS: {what}"))
     cors = {"allow_methods": ["GET", "POST"], "allow_headers": ["Content-Type"]}
     app.add_middleware(
         CORSMiddleware, allow_origins=origins, expose_headers=["Retry-After"], **cors

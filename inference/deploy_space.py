@@ -100,6 +100,8 @@ def wait_until_served(api: HfApi, space: str, commit: str, checkpoint: str, time
     """Until the Space runs this commit and its /health names this checkpoint; prints its URL."""
     page, deadline = f"{api.endpoint}/spaces/{space}", time.monotonic() + timeout
     info = api.space_info(space)
+    if not info.host:
+        raise DeployError(f"the Hub does not say at which address it is served; see {page}")
     url = info.host if "://" in info.host else f"https://{info.host}"
     token = api.token if info.private else None  # a public app must not see it
     while True:
@@ -113,6 +115,8 @@ def wait_until_served(api: HfApi, space: str, commit: str, checkpoint: str, time
         try:
             served = ask(f"{url}/health", token)["model"]["checkpoint"]
             if current and served == checkpoint:
+                answer = ask(f"{url}/predict", token, QUESTION)
+                said = f"{url} says: {answer['label']} ({answer['confidence']:.2f})"
                 break
         # while it wakes, a page of the Hub's own, or an answer cut short
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
@@ -122,8 +126,7 @@ def wait_until_served(api: HfApi, space: str, commit: str, checkpoint: str, time
                 f"{url}/health serves {served}, expected {checkpoint}; logs: {page}?logs=container"
             )
         time.sleep(1)
-    answer = ask(f"{url}/predict", token, QUESTION)
-    print(f"{url} says: {answer['label']} ({answer['confidence']:.2f})")
+    print(said)
     key = ' -H "Authorization: Bearer $(hf auth token)"' if token else ""
     print(f"curl {url}/predict{key} -H 'Content-Type: application/json' -d '{QUESTION}'")
 
@@ -140,6 +143,8 @@ def explain(error: Exception, space: str) -> str:
     if status in (401, 403):
         return f"this token may not write to {space} (status {status}); hf auth login with another"
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, HFValidationError):
+        return reason
     return f"{reason}; run the same command again: what was uploaded is not uploaded twice"
 
 

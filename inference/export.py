@@ -39,6 +39,7 @@ from inference.model_loader import (
     import_openvino,
     int8_engine,
     load_model,
+    metadata_sha256,
     sha256,
     stamps,
     torch_engine,
@@ -46,6 +47,7 @@ from inference.model_loader import (
 from training.ag_news import HUB_DATASET, SIZES, SourceError, find_data
 from training.checkpoint import hold_signals
 from training.dataset import DataError, TokenizedExamples, eval_loader, prepare_data
+from training.errors import repair_output
 
 MAX_ACCURACY_DROP = 0.003
 MIN_AGREEMENT = 0.99  # share of validation rows whose label int8 does not change
@@ -121,7 +123,9 @@ def write_metadata(folder: Path, checkpoint: Path, engine: Engine, **figures) ->
     metadata |= {"checkpoint_sha256": sha256(checkpoint)}
     metadata |= {key: getattr(engine, key) for key in ("labels", "max_length", "vocab_size")}
     metadata["info"] = {k: v for k, v in engine.info.items() if k not in ("engine", "device")}
-    text = json.dumps(metadata | figures, indent=1) + "\n"
+    metadata |= figures
+    metadata["metadata_sha256"] = metadata_sha256(metadata)
+    text = json.dumps(metadata, indent=1) + "\n"
     (folder / INT8_METADATA).write_text(text, encoding="utf-8")
 
 
@@ -258,7 +262,11 @@ def to_hf(folder: Path) -> None:
             tokenizer.save_pretrained(new)
         (new / "README.md").write_text(model_card(state), encoding="utf-8")
         make_readable(new)
-        shutil.rmtree(out, ignore_errors=True)
+        if os.path.lexists(out):
+            ours = {path.name for path in new.iterdir()}
+            if os.path.islink(out) or not out.is_dir() or {*os.listdir(out)} - ours:
+                raise LoadError(f"{out} is not only an earlier export; move it away")
+            shutil.rmtree(out)
         os.replace(new, out)
     print(f'wrote {out}; transformers.pipeline("text-classification", "{out}", truncation=True)')
 
@@ -271,6 +279,7 @@ def main() -> None:
     judge = "its training rows calibrate int8, its validation rows check it (default: "
     add("--data", help=judge + "sample for a model of the sample, else auto)")
     args = parser.parse_args()
+    args.checkpoint_dir = args.checkpoint_dir.expanduser()
     if args.data and args.to == "hf":
         parser.error("--data goes with --to int8")
     logging.disable(logging.WARNING)  # hints for library developers
@@ -283,6 +292,7 @@ def main() -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # unfinished files are removed
         signal.signal(number, signal.default_int_handler)
+    repair_output()
     try:
         main()
     except (LoadError, SourceError, DataError, OSError) as error:

@@ -31,6 +31,7 @@ from training.machine import cores
 
 ENGINES = ("auto", "torch", "int8")
 CHECKPOINTS = Path(os.environ.get("CHECKPOINT_DIR") or Path(__file__).parent.parent / "checkpoints")
+CHECKPOINTS = CHECKPOINTS.expanduser()  # no shell expands the ~ of `docker run -e` or an .env file
 CHECKPOINT = "distilbert_agnews.pt"
 TOKENIZER = "tokenizer/tokenizer.json"
 INT8_XML, INT8_BIN = "distilbert_agnews.int8.xml", "distilbert_agnews.int8.bin"
@@ -165,6 +166,11 @@ def torch_engine(folder: Path) -> Engine:
     return Engine(logits, state["labels"], state["max_length"], model.config.vocab_size, info)
 
 
+def metadata_sha256(metadata: dict) -> str:
+    rest = {key: value for key, value in metadata.items() if key != "metadata_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_metadata(folder: Path) -> dict:
     """What export.py noted about the int8 model, once the files beside it are the ones it names.
 
@@ -173,13 +179,12 @@ def read_metadata(folder: Path) -> dict:
     path, again = folder / INT8_METADATA, f"export it again: {EXPORT}"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {*HASHES, "checkpoint_sha256", "labels", "max_length", "vocab_size", "info"}
-        if not wanted <= metadata.keys():
-            raise ValueError
-    except (OSError, ValueError, AttributeError):
+        if metadata["metadata_sha256"] != metadata_sha256(metadata):
+            raise ValueError  # a wrong label or length in it would be served
+    except (OSError, ValueError, LookupError, TypeError):
         raise NoInt8Error(f"no usable {INT8_METADATA} in {folder}; {again}") from None
     checkpoint = folder / CHECKPOINT  # not there in an image
-    if checkpoint.exists() and sha256(checkpoint) != metadata["checkpoint_sha256"]:
+    if os.path.exists(checkpoint) and sha256(checkpoint) != metadata["checkpoint_sha256"]:
         raise NoInt8Error(f"{path} was made of another checkpoint than {CHECKPOINT}; {again}")
     for key, name in HASHES.items():
         try:

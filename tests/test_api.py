@@ -548,6 +548,12 @@ def test_what_cannot_be_served_ends_with_one_line(trained, workers, variable, va
     assert len(errors) == 1 and errors[0].startswith("error: ") and says in errors[0]
 
 
+def test_a_program_that_imports_the_server_survives_a_wrong_setting(trained):
+    code = "try:\n    import inference.app\nexcept Exception as error:\n    print(error)"
+    done = run([sys.executable, "-c", code], ROOT, ALLOW_ORIGINS="example.org")
+    assert done.returncode == 0 and "not example.org" in done.stdout, done.stderr
+
+
 def test_a_program_that_starts_the_server_in_a_process_survives_its_failure(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(

@@ -153,6 +153,22 @@ def test_a_folder_of_each_split_is_read(tmp_path, place, name):
             ag_news.read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["data/{}.csv", "{0}/{0}.csv.gz", "data/{}.jsonl"])
+def test_files_of_a_split_may_lie_one_folder_below(tmp_path, place):
+    for split in ("train", "test"):
+        path = tmp_path / place.format(split)
+        path.parent.mkdir(exist_ok=True)
+        lines = [json.dumps({"label": y, "text": x}) for x, y in ROWS]
+        write(path, lines if "jsonl" in place else form("kaggle"))
+    assert [rows(split) for split in ag_news.read_folder(tmp_path)] == [ROWS, ROWS]
+
+
+def test_a_folder_that_may_not_be_entered_is_named_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *args: False)  # root may enter any
+    with pytest.raises(SourceError, match=f"{tmp_path}: permission denied"):
+        ag_news.read_folder(tmp_path)
+
+
 def test_csv_is_taken_where_parquet_lies_beside_it(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / f"{split}.csv", form("kaggle"))

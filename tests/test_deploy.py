@@ -9,7 +9,7 @@ import yaml
 from fake_hub import COMMIT, fake_space
 from ranks import ROOT, run
 
-from inference.model_loader import INT8_BIN, INT8_METADATA
+from inference.model_loader import INT8_BIN, INT8_METADATA, metadata_sha256
 
 SENT = """Dockerfile README.md inference/requirements.txt inference/app.py inference/batcher.py
 inference/model_loader.py inference/index.html checkpoints/tokenizer/tokenizer.json
@@ -72,6 +72,7 @@ def test_the_card_names_the_terms_of_the_models_data(checkpoints, hub, data, lic
     file = checkpoints / INT8_METADATA
     metadata = json.loads(file.read_text(encoding="utf-8"))
     metadata["info"]["data"] = data
+    metadata["metadata_sha256"] = metadata_sha256(metadata)
     file.write_text(json.dumps(metadata), encoding="utf-8")
     assert deploy(checkpoints, hub).returncode == 0
     _, header, body = hub.files["README.md"].decode().split("---\n", 2)
@@ -83,7 +84,9 @@ def test_the_card_names_the_terms_of_the_models_data(checkpoints, hub, data, lic
 
 
 def test_odd_answers_of_a_space_that_wakes_are_waited_out(checkpoints, hub):
-    hub.app_statuses = [503, b"<html>", b"[1]", b'{"model": null}', b""]
+    health = json.dumps(hub.app["/health"]).encode()
+    hub.app_statuses = [503, b"<html>", b"[1]", b'{"model": null}', b"", health, b"[1]", health]
+    hub.app_statuses += [b'{"detail": "x"}', health, 503]
     assert deploy(checkpoints, hub).returncode == 0 and not hub.app_statuses
 
 
@@ -113,6 +116,8 @@ def test_a_model_that_could_not_be_served_is_not_uploaded(checkpoints, hub, file
         ({}, {"HF_TOKEN": "hf_\u2026"}, "no Hugging Face token"),
         ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "run the same command again"),
         ({}, {"name": "news"}, "expected OWNER/NAME"),
+        ({}, {"name": "some--one/news"}, "Cannot have -- or .. in repo_id"),
+        ({"space": {"host": None}}, {}, "at which address"),
         ({"space": {"sdk": "gradio", "private": False}}, {}, "is another Space (gradio"),
         ({"space": {"siblings": [{"rfilename": "main.py"}]}}, {}, "holds another app"),
         ({"stages": [("BUILD_ERROR", COMMIT)]}, {}, "stopped at BUILD_ERROR; its logs: http"),

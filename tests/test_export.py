@@ -67,6 +67,15 @@ def test_the_exported_folder_carries_labels_metrics_and_a_model_card(trained):
     assert card.data.datasets is None  # a folder of one's own is not the Hub's ag_news
 
 
+def test_a_folder_with_files_of_ones_own_is_not_replaced(copy):
+    export.to_hf(copy)
+    export.to_hf(copy)  # an earlier export is
+    (copy / "hf" / ".git").mkdir()
+    with pytest.raises(LoadError, match="hf is not only an earlier export; move it away"):
+        export.to_hf(copy)
+    assert (copy / "hf" / ".git").exists()
+
+
 def test_an_epsilon_that_transformers_does_not_compute_is_refused(copy):
     path = copy / "distilbert_agnews.pt"
     state = torch.load(path)
@@ -165,10 +174,17 @@ def test_auto_takes_int8_when_it_belongs_to_the_checkpoint(copy, monkeypatch):
         Classifier(copy, "onnx")
 
 
+def replace_text(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
 def rehash(folder):
     """Notes the files as they are now: what is wrong with them has to be found otherwise."""
     metadata = json.loads((folder / model_loader.INT8_METADATA).read_text(encoding="utf-8"))
     metadata |= {key: sha256(folder / name) for key, name in model_loader.HASHES.items()}
+    metadata["metadata_sha256"] = model_loader.metadata_sha256(metadata)
     (folder / model_loader.INT8_METADATA).write_text(json.dumps(metadata), encoding="utf-8")
 
 
@@ -183,6 +199,8 @@ def rehash(folder):
         lambda c: (c / model_loader.INT8_BIN).unlink(),
         lambda c: (c / model_loader.INT8_METADATA).unlink(),
         lambda c: (c / model_loader.INT8_METADATA).write_text("[1]"),
+        lambda c: replace_text(c / model_loader.INT8_METADATA, '"World"', '"Worle"'),
+        lambda c: replace_text(c / model_loader.INT8_METADATA, '"max_length": ', '"max_length": 9'),
     ],
 )
 def test_a_corrupted_int8_model_is_one_line(copy, corrupt):

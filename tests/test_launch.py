@@ -48,6 +48,15 @@ def test_odd_ways_to_start_find_the_scripts(launch, tmp_path, command):
     assert process.communicate(timeout=60)[0] == "it ran\n" and process.returncode == 0
 
 
+def test_a_python_below_a_folder_with_an_equals_sign_is_started(launch, tmp_path):
+    python = tmp_path / "a=b" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    process = launch("import machine; print('it ran')", PYTHON=str(python), PYTHONSAFEPATH="1")
+    assert process.communicate(timeout=60)[0] == 2 * "it ran\n" and process.returncode == 0
+
+
 @pytest.mark.parametrize(
     "setting, value",
     [
@@ -217,6 +226,18 @@ def test_ranks_get_each_signal_and_the_time_to_save(launch, names):
     out, _ = process.communicate(timeout=30)
     assert out == 2 * f"saved after {len(names)}\n"
     assert process.returncode == 128 + signal.Signals[names[0]]
+
+
+def test_a_signal_that_comes_four_times_leaves_the_time_to_save(launch):
+    process = launch(STOPPING)
+    until_ready(process)
+    for _ in range(4):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.02)
+    t0 = time.monotonic()
+    assert process.wait(30) == 128 + signal.SIGHUP
+    assert time.monotonic() - t0 > 1.5  # a save takes 2 s
+    assert process.communicate()[0].count("saved after") == 2
 
 
 def test_under_nohup_a_closed_terminal_does_not_stop_the_run(launch):

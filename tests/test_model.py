@@ -277,6 +277,21 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(tiny_backbone, monkey
         load_backbone(tiny_backbone)
 
 
+def test_a_folder_that_may_not_be_entered_is_named_as_such(tiny_backbone, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *args: False)  # root may enter any
+    with pytest.raises(ModelError, match=f"{tiny_backbone} .* permission denied"):
+        find_backbone(str(tiny_backbone))
+
+
+def test_the_word_of_token_id_0_is_trained_and_padding_is_not():
+    """[PAD] is id 0 in most vocabularies, not in all."""
+    model = NewsClassifier(TINY)
+    words = model.distilbert.embeddings.word_embeddings.weight
+    input_ids, mask = torch.tensor([[5, 0, 7, 9, 9]]), torch.tensor([[1, 1, 1, 0, 0]])
+    model(input_ids, mask).sum().backward()
+    assert words.grad.any(1).nonzero().ravel().tolist() == [0, 5, 7]
+
+
 @pytest.mark.parametrize(
     "choice", ["./nowhere", "/a/b/c", "~/x", "pyproject.toml", "a" * 300 + "/"]
 )

@@ -202,8 +202,9 @@ def test_examples_links_and_the_curl_line_hold_a_text(server, page):
         assert httpx.get(path.get_property("href")).status_code == 200
 
 
-def test_why_this_label_colours_the_words_that_carry_it(server, page):
-    text = "the striker of a bank"
+@pytest.mark.parametrize("space", [" ", " " * 6000])
+def test_why_this_label_colours_the_words_that_carry_it(server, page, space):
+    text = f"the striker{space}of a bank"
     page.open(server).ask(text)
     page.bars()
     label = page.one("#answer .label").text

@@ -223,6 +223,15 @@ def test_a_recipe_does_not_depend_on_the_random_head(tiny_backbone):
     assert recipes[0] == recipes[1]
 
 
+def test_a_path_that_is_not_utf8_will_do(tiny_backbone, tmp_path):
+    """As é in a Latin-1 locale; the libraries in Rust take none."""
+    odd = tmp_path / os.fsdecode(b"b\xff")
+    shutil.copytree(tiny_backbone, odd / "backbone")
+    load_backbone(odd / "backbone")
+    checkpoint.save_tokenizer(tiny_backbone, odd / "tokenizer")
+    assert (odd / "tokenizer" / "tokenizer.json").exists()
+
+
 def test_a_tokenizer_folder_may_hold_a_folder(tiny_backbone, tmp_path):
     (tmp_path / "tokenizer" / ".ipynb_checkpoints").mkdir(parents=True)
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("another")

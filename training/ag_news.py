@@ -195,7 +195,9 @@ def read_examples(path: Path) -> Examples:
 def read_split(folder: Path, split: str) -> Examples:
     """`train.csv` and the like, or the Hub's `data/train-00000-of-00002.parquet`, ..."""
     shards = f"{split}-[0-9]*-of-[0-9]*.parquet"
-    patterns = [*(split + suffix for suffix in FORMATS), shards, f"data/{shards}"]
+    places = ("", "data/", f"{split}/")
+    patterns = [place + split + suffix for place in places for suffix in FORMATS]
+    patterns += [shards, f"data/{shards}"]
     patterns += [f"*-{split}.arrow", f"*-{split}-[0-9]*-of-[0-9]*.arrow"]  # the cache of `datasets`
     patterns += [f"{split}/data-[0-9]*-of-[0-9]*.arrow"]  # its save_to_disk
     # the Hub's branch refs/convert/parquet
@@ -227,6 +229,8 @@ def read_folder(folder: Path) -> tuple[Examples, Examples]:
             f"no such folder: {folder}; --data takes auto, ag_news, sample or a folder with train "
             "and test files"
         )
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise SourceError(f"{folder}: permission denied")
     train, test = read_split(folder, "train"), read_split(folder, "test")
     if missing := [name for i, name in enumerate(LABELS) if i not in train.labels]:
         raise SourceError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,7 +94,7 @@ class Dropout(nn.Dropout):
 class Embeddings(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.dim, padding_idx=0)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.dim)
         self.LayerNorm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.dropout)
@@ -293,6 +293,8 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ModelError if they or the tokenizer are missing, or if its config.json is refused.
     """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ModelError("permission denied")
     for names in (("config.json",), TOKENIZER_FILES, WEIGHT_FILES):
         if not (found := [folder / name for name in names if os.path.isfile(folder / name)]):
             raise ModelError(f"no {' or '.join(names)}")
@@ -317,7 +319,10 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
                 raise ModelError(f"{file.name} is a Git LFS pointer; git lfs pull gets the weights")
         try:
             is_pickle = file.suffix == ".bin"
-            weights |= torch.load(file, "cpu", weights_only=True) if is_pickle else load_file(file)
+            if is_pickle:
+                weights |= torch.load(file, "cpu", weights_only=True)
+            else:  # not load_file, to which a path that is not UTF-8 means another file
+                weights |= load_safetensors(file.read_bytes())
         except Exception as error:  # each library has its own errors, some of many lines
             problem = f"{file.name} is truncated, corrupted or not weights"
             raise ModelError(f"{problem} ({type(error).__name__})") from None

@@ -65,5 +65,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarted ranks meet in a new, em
 block="env --block-signal=INT"  # Python's own start would answer Ctrl-C with a traceback
 $block true 2>/dev/null || block=env  # as on macOS
 trap - INT  # else a Ctrl-C during exec would be lost
-exec $block "$python" "$here/torchrun.py" "${rendezvous[@]}" --nproc-per-node "$nproc" \
-  --max-restarts "$restarts" "$here/train_ddp.py" "$@"
+unset PYTHONSAFEPATH  # it hides what lies beside a script
+# through sh: env would take a path with a = in it for a variable
+exec $block sh -c 'exec "$@"' sh "$python" "$here/torchrun.py" "${rendezvous[@]}" \
+  --nproc-per-node "$nproc" --max-restarts "$restarts" "$here/train_ddp.py" "$@"

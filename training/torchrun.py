@@ -44,9 +44,15 @@ def main() -> int | str:
     if "--standalone" in sys.argv:  # the host's own name may not resolve, as in a container
         os.environ.setdefault("PET_LOCAL_ADDR", "127.0.0.1")
     close = PContext.close  # it gives ranks 30 s after a signal, too few for a step and a save
-    PContext.close = lambda self, death_sig=None, timeout=30: close(
-        self, death_sig, max(timeout, 300) if death_sig else timeout
-    )
+
+    def close_patiently(self, death_sig=None, timeout=30):
+        if death_sig:
+            timeout = max(timeout, 300)
+            for number in (signal.SIGHUP, signal.SIGUSR1):  # one more would end the waiting
+                signal.signal(number, signal.SIG_IGN)
+        close(self, death_sig, timeout)
+
+    PContext.close = close_patiently
     finished = []  # a rank says so by SIGURG, which does nothing where nobody handles it
     signal.signal(signal.SIGURG, lambda *_: finished.append(True))
     sys.unraisablehook = lambda _: None  # a second Ctrl-C can strike in the middle of a finalizer
@@ -75,8 +81,8 @@ def main() -> int | str:
             "first host, MASTER_PORT is free there, the same command runs on every host"
         )
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # one more changes nothing now
-            signal.signal(number, signal.SIG_IGN)
+        for name in heard:  # one more changes nothing now
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
     return 0
 
 

@@ -127,6 +127,7 @@ def main() -> None:
     profiler.check_steps(args.profile, total_steps)  # before --fresh deletes a run
     trainer_state = {"model": raw_model, "optimizer": optimizer, "scaler": scaler}
     step, history, epoch_sums = checkpoint.resume(args, recipe, trainer_state)
+    stop_signals = errors.note_stop_signals()
 
     # DDP 4/7: the wrapper. Rank 0's weights are copied to all ranks, once. As soon as backward has
     # filled a bucket of gradients, its all-reduce starts while backward continues. Every rank gets
@@ -144,7 +145,6 @@ def main() -> None:
     progress = errors.ProgressBar(total_steps, step, show=master_process)
     log_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
     running = torch.zeros(2, device=device)  # sums of loss and correct rows since the last log
-    stop_signals = errors.note_stop_signals()
     for epoch in range(len(history["epochs"]), math.ceil(total_steps / steps_per_epoch)):
         # DDP 3/7: without set_epoch every epoch would have the first one's order
         sampler.set_epoch(epoch)

@@ -100,13 +100,13 @@ def main() -> None:
     )
     trainer_state = {"model": raw_model, "optimizer": optimizer, "scaler": scaler}
     step, history, epoch_sums = checkpoint.resume(args, recipe, trainer_state)
+    stop_signals = errors.note_stop_signals()
 
     model = raw_model
     tensorboard = run_record.TensorBoard(args.tensorboard if master_process else None, step)
     progress = errors.ProgressBar(total_steps, step, show=master_process)
     log_every = 1 if device.type == "cpu" else 20  # reading a number waits for the GPU
     running = torch.zeros(2, device=device)  # sums of loss and correct rows since the last log
-    stop_signals = errors.note_stop_signals()
     for epoch in range(len(history["epochs"]), math.ceil(total_steps / steps_per_epoch)):
         sampler.set_epoch(epoch)
         sampler.start_step = step - epoch * steps_per_epoch  # above 0 where a run resumes
