@@ -93,7 +93,7 @@ QUICK = {
     r"bash training/run_ddp.sh": "A RUN, as test_scripts.py has",
     r"bash training/run_ddp.sh --data sample --model packaged (?!.*--profile).*": SHORT,
     r"bash training/run_ddp.sh .*--profile traces": "A RUN, as test_profiler.py has",
-    r"bash training/run_ddp.sh --model packaged --epochs 3": "AN HOUR",
+    r"bash training/run_ddp.sh --model packaged --lr 0.0002 --epochs 3": "AN HOUR",
     r"(python training/train_single.py|bash training/run_ddp.sh) .*--report .*": "AN HOUR",
     r"NNODES=2 NODE_RANK=0.*": "TWO HOSTS, as test_two_hosts.py has",
     r"python training/lab.py.*": "A RUN, as test_lab.py has",
