@@ -269,9 +269,9 @@ def test_rare_answers_are_said_in_words_behind_a_path_prefix(fake_api, answers, 
     page.one("#answer .row button").click()
     page.says("#why", "no two words")
     answers["/some/prefix/predict/batch"] = [Response("cut sh"), JSONResponse({"a": 1})]
-    for _ in range(2):
-        page.ask("two words")
-        page.says("blockquote", "two words")
+    for text in ("two words", "two more"):  # a new one, so that its answer is waited for
+        page.ask(text)
+        page.says("blockquote", text)
         page.one("#answer .row button").click()
         page.says("#why", "The server did not answer this")
     assert not page.all("#bold, img") and page.driver.execute_script("return window.hit") is None
