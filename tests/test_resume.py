@@ -223,13 +223,15 @@ def test_a_recipe_does_not_depend_on_the_random_head(tiny_backbone):
     assert recipes[0] == recipes[1]
 
 
-def test_a_path_that_is_not_utf8_will_do(tiny_backbone, tmp_path):
+def test_a_path_that_is_not_utf8_will_do(tiny_backbone, tmp_path, monkeypatch):
     """As é in a Latin-1 locale; the libraries in Rust take none."""
     odd = tmp_path / os.fsdecode(b"b\xff")
     shutil.copytree(tiny_backbone, odd / "backbone")
     load_backbone(odd / "backbone")
     checkpoint.save_tokenizer(tiny_backbone, odd / "tokenizer")
     assert (odd / "tokenizer" / "tokenizer.json").exists()
+    monkeypatch.setattr("tempfile.mkdtemp", None)  # in a container there may be no other folder
+    checkpoint.save_tokenizer(tiny_backbone, tmp_path / "é" / "tokenizer")
 
 
 def test_a_tokenizer_folder_may_hold_a_folder(tiny_backbone, tmp_path):

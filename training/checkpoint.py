@@ -188,19 +188,22 @@ def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
     """(SHA-256 of its tokenizer.json, whether another one was there: it is kept as *.previous)."""
     from dataset import load_tokenizer
 
-    name, previous = "tokenizer.json", folder.with_name(f"{folder.name}.previous")
+    temporary, name = temporary_path(folder), "tokenizer.json"
+    if os.fsencode(folder) != str(folder).encode(errors="replace"):
+        temporary = Path(tempfile.mkdtemp())  # the library writes to no path that is not UTF-8
+    previous = folder.with_name(f"{folder.name}.previous")
     try:
-        # not in `folder`: the library can write to no path that is not UTF-8
-        with tempfile.TemporaryDirectory() as temporary:
-            load_tokenizer(backbone).save_pretrained(temporary)
-            new = Path(temporary, name).read_bytes()
-            changed = (folder / name).exists() and (folder / name).read_bytes() != new
-            if changed:
-                shutil.rmtree(previous, ignore_errors=True)
-                copy_files(folder, previous)
-            copy_files(Path(temporary), folder)
+        load_tokenizer(backbone).save_pretrained(temporary)
+        new = (temporary / name).read_bytes()
+        changed = (folder / name).exists() and (folder / name).read_bytes() != new
+        if changed:
+            shutil.rmtree(previous, ignore_errors=True)
+            copy_files(folder, previous)
+        copy_files(temporary, folder)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise CheckpointError(f"cannot save {folder}: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return hashlib.sha256(new).hexdigest(), changed
 
 
