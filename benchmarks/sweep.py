@@ -45,11 +45,7 @@ ALL_ROWS = [
 
 
 def best(runs: list[dict]) -> dict:
-    """The default batch's recipe of the lowest validation loss, over its seeds on average.
-
-    Not of the highest accuracy: between seeds of one recipe that differs by as much as between
-    recipes.
-    """
+    """The default batch's recipe of the lowest validation loss, over its seeds on average."""
     found = {}
     for run in runs:
         if run["recipe"]["global-batch-size"] == BATCH:

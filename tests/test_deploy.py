@@ -116,7 +116,7 @@ def test_a_model_that_could_not_be_served_is_not_uploaded(checkpoints, hub, file
         ({}, {"HF_TOKEN": "hf_\u2026"}, "no Hugging Face token"),
         ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "run the same command again"),
         ({}, {"name": "news"}, "expected OWNER/NAME"),
-        ({}, {"name": "some--one/news"}, "Cannot have -- or .. in repo_id"),
+        ({}, {"name": "some--one/news"}, "in repo_id: 'some--one/news'.\n"),  # and no "again"
         ({"space": {"host": None}}, {}, "at which address"),
         ({"space": {"sdk": "gradio", "private": False}}, {}, "is another Space (gradio"),
         ({"space": {"siblings": [{"rfilename": "main.py"}]}}, {}, "holds another app"),
