@@ -10,7 +10,9 @@ runs/, with --record to benchmarks/results/.
 
 import contextlib
 import json
+import math
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -203,7 +205,9 @@ class Server:
 
         watching = threading.Thread(target=watch)
         watching.start()
+        used = [self.event_loop_seconds(), wrk_seconds()]
         figures = self.wrk(CONNECTIONS, seconds + 1, rate, 1)
+        used = np.subtract([self.event_loop_seconds(), wrk_seconds()], used) / (seconds + 1)
         ended.set()
         watching.join()
         statuses = figures["statuses"]
@@ -213,7 +217,17 @@ class Server:
             "ok_per_second": statuses.get("200", 0) / seconds,
             "statuses": statuses,
             "health_p99_ms": 1e3 * np.percentile(health, 99),
+            "event_loop_cores": None if math.isnan(used[0]) else used[0],
+            "wrk_cores": used[1],
         }
+
+    def event_loop_seconds(self) -> float:
+        """CPU seconds of the thread that reads and answers requests; the model has its own."""
+        with contextlib.suppress(psutil.AccessDenied):  # macOS
+            for thread in psutil.Process(self.process.pid).threads():
+                if thread.id == self.process.pid:
+                    return thread.user_time + thread.system_time
+        return math.nan
 
     def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -222,6 +236,12 @@ class Server:
                 self.process.wait(15)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
+
+
+def wrk_seconds() -> float:
+    """CPU seconds of all clients that have ended; servers are still running."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def instructions() -> str:
