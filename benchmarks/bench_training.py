@@ -176,7 +176,7 @@ class Bench:
 
     def trainer(self, name: str, flags: dict, steps: int, kind="script") -> list[dict]:
         more = ["--pad-to-max"] if name == "naive" else []
-        warm_up = min(5, steps // 3)
+        warm_up = min(self.warm_up, steps // 2)
         command = ["-m", "benchmarks.trainer_baseline", self.backbone, self.source, steps, warm_up]
         process = self.start([*command, json.dumps(flags), *more], self.cores, range(1))
         figures = json.loads(self.finish(process).splitlines()[-1])
@@ -207,8 +207,9 @@ class Bench:
         cores, long, short = self.cores, self.long, self.short
         parts = [("train_single.py", long, partial(self.one, 1, cores, long, "single"))]
         for name, flags in best.items():
-            seconds = short * (2.5 if "best" in name else 5)
-            parts.append((f"Trainer, {name}", seconds, partial(self.trainer, name, flags, short)))
+            steps = long if name == "trainer_best" else short  # as many as what it is compared with
+            seconds = steps * (2.5 if "best" in name else 5)
+            parts.append((f"Trainer, {name}", seconds, partial(self.trainer, name, flags, steps)))
         if precision != "fp32" and not self.quick:
             call = partial(self.one, 1, cores, short, "single_fp32", "--precision", "fp32")
             parts.append(("train_single.py in fp32", 3.2 * short, call))

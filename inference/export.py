@@ -71,7 +71,7 @@ def writing(path: Path):
 
 def write_int8(model: torch.nn.Module, rows: list[np.ndarray], path: Path) -> None:
     """`model` as OpenVINO's .xml and .bin, static int8: the scales of activations are fixed by what
-    they are for `rows` of token ids, so that a text's scores do not depend on its batch."""
+    they are for `rows` of token ids, so a text's scores depend on its batch by rounding alone."""
     example = (torch.ones(2, 9, dtype=torch.int64), torch.ones(2, 9, dtype=torch.int64))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # progress bars
         warnings.simplefilter("ignore")

@@ -8,7 +8,8 @@ local bucket and takes back a future of the averaged one. Of DistilBERT-base's 2
   significant bits in fp16 and 8 in bf16;
 - sparse embeddings sends only the touched rows of the word embeddings (30,522 x 768 x 4 bytes =
   93.8 MB): those of the tokens that occur, about 2,300 in 128 texts. All others are zero, so
-  nothing is lost. It pays while a rank touches fewer than 2 / world_size of all rows.
+  nothing is lost. It sends fewer bytes while a rank touches fewer than 2 / world_size of all rows.
+  Over gloo steps became no faster for it: nothing overlaps then.
 """
 
 import torch
