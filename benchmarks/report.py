@@ -77,6 +77,12 @@ def trained_on(run: dict) -> str:
 # Records with a form of their own
 
 
+def new_seeds() -> list[dict]:
+    """The runs whose seeds were named before they ran, of a recipe that was fixed by then."""
+    found = figures.runs("train_single", "train_ddp", folder="recipes")
+    return [run for name, run in found.items() if "_seed" in name]
+
+
 def serving(kind: str, name: str = "inference_speed") -> pd.DataFrame:
     rows = pd.DataFrame(read(name)["rows"])
     return rows[rows.kind == kind]

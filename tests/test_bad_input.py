@@ -112,6 +112,13 @@ def test_no_shell_expands_the_home_of_a_flag_s_value(monkeypatch):
     assert args.checkpoint_dir == Path("/home/me/c") and args.data == "/home/me/news"
 
 
+@pytest.mark.parametrize("words", [["--checkpoint-dir="], ["--data", ""]], ids=" ".join)
+def test_a_value_from_an_unset_variable_is_refused(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["", *words])
+    with pytest.raises(utils.UsageError, match="value is empty"):
+        utils.check_flags(train_single.parse_args())
+
+
 def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path):
     pytest.importorskip("tensorboard")
     code = (

@@ -75,10 +75,15 @@ def test_the_forms_in_circulation_read_alike(tmp_path, name, encoding, file):
     assert examples.ignored == (["(unnamed)"] if "index" in name else [])
 
 
+def read_train(folder):
+    files = next(filter(None, ag_news.split_files(folder, "train")))
+    return ag_news.read_split(folder, "train", files)
+
+
 def test_labels_that_pandas_wrote_as_floats_are_read(tmp_path):
     lines = ["text\tlabel", *(f"{text}\t{label}.0" for text, label in ROWS)]
     write(tmp_path / "train.tsv.gz", lines)
-    assert rows(ag_news.read_split(tmp_path, "train")) == ROWS
+    assert rows(read_train(tmp_path)) == ROWS
 
 
 def test_quoted_newlines_windows_line_ends_blank_lines_and_words_like_na_are_read(tmp_path):
@@ -91,12 +96,12 @@ def test_quoted_newlines_windows_line_ends_blank_lines_and_words_like_na_are_rea
 def test_json_lines_read_like_csv(tmp_path, file):
     lines = [json.dumps({"label_text": "-", "label": y, "text": x}) for x, y in ROWS]
     write(tmp_path / file, lines)
-    examples = ag_news.read_split(tmp_path, "train")
+    examples = read_train(tmp_path)
     assert rows(examples) == ROWS and examples.ignored == ["label_text"]
     for indent in (None, 2):
         array = json.dumps(list(map(json.loads, lines)), indent=indent)
         write(tmp_path / file, [array])
-        assert rows(ag_news.read_split(tmp_path, "train")) == ROWS
+        assert rows(read_train(tmp_path)) == ROWS
     write(tmp_path / file, ['[{"text": "a", "label": 0},', "7]"])
     refused(tmp_path / file, "row 2: expected a JSON object per row")
     write(tmp_path / file, ['[{"text": "a", "label": 0},'])
@@ -167,6 +172,21 @@ def test_a_folder_that_may_not_be_entered_is_named_as_such(tmp_path, monkeypatch
     monkeypatch.setattr("os.access", lambda *args: False)  # root may enter any
     with pytest.raises(SourceError, match=f"{tmp_path}: permission denied"):
         ag_news.read_folder(tmp_path)
+
+
+def test_both_splits_are_taken_from_one_layout(tmp_path):
+    write(tmp_path / "test.csv", ["text,label", "one of my own,1"])
+    for split in ("train", "test"):  # a clone of the Hub's repository
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", TABLE)
+    assert [rows(split) for split in ag_news.read_folder(tmp_path)] == [ROWS, ROWS]
+    (tmp_path / "data" / "test-00000-of-00001.parquet").unlink()  # none has both
+    assert rows(ag_news.read_folder(tmp_path)[1]) == [("one of my own", 1)]
+
+
+def test_a_cell_may_be_long(tmp_path):
+    write(tmp_path / "long.csv", ["text,label", f"{'long ' * 30_000},1"])
+    assert len(ag_news.read_examples(tmp_path / "long.csv").texts[0]) > 131_072
 
 
 def test_csv_is_taken_where_parquet_lies_beside_it(tmp_path):
@@ -332,7 +352,7 @@ def test_auto_prefers_the_kaggle_input_with_as_many_rows_as_ag_news(nowhere, mon
         path = nowhere / "kaggle" / "news" / split / "0000.parquet"
         write_parquet(path, TABLE)
     assert ag_news.find_data("auto")[2] == "Kaggle input news"
-    write(nowhere / "kaggle" / "news" / "train.csv", form("kaggle")[:-1])
+    write_parquet(path.with_name("0001.parquet"), TABLE)
     assert ag_news.find_data("auto")[2] == "Kaggle input a-tweets"
 
 

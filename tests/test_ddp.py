@@ -1,5 +1,6 @@
 """What DDP promises, on real processes over gloo: pytest tests/test_ddp.py"""
 
+import argparse
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from ranks import ROOT, losses, run_ranks, train
 
+import utils
 from inference.model_loader import Classifier
 from model import Config, NewsClassifier
 
@@ -82,3 +84,14 @@ def test_ranks_that_hold_something_else_are_found_before_the_first_step(
     assert ranks[0].stderr.startswith(f"error: {what} differs: ")
     assert "rank 1" in ranks[0].stderr and ranks[0].stderr.count("\n") == 1
     assert not (tmp_path / "c" / "distilbert_agnews.pt").exists()
+
+
+def test_a_host_with_other_code_is_named(monkeypatch):
+    def gather(everyone: list, own: dict) -> None:
+        everyone[:] = [own, own | {"the code": "of yesterday", "host": "b"}]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    args = argparse.Namespace(save_every=1, sparse_embeddings=False, backend="auto")
+    with pytest.raises(utils.UsageError, match="^the code differs: of yesterday on rank 1"):
+        utils.check_same_on_all_ranks(args, {}, "model, data")

@@ -70,5 +70,8 @@ def test_an_overflow_skips_the_step_and_is_no_reason_to_end_the_run(batch):
     unscaled = torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(utils.UsageError, match="grad_norm is"):
         run_record.log_point(history, nowhere, 10, unscaled, point)
+    hopeless = torch.amp.GradScaler("cpu", init_scale=2**-10)  # after 26 skipped steps
+    with pytest.raises(utils.UsageError, match="grad_norm is"):
+        run_record.log_point(history, nowhere, 10, hopeless, point)
     with pytest.raises(utils.UsageError, match="loss is nan"):
         run_record.log_point(history, nowhere, 10, scaler, point | {"loss": math.nan})

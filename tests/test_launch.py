@@ -163,7 +163,7 @@ time.sleep(60)
         ("sys.exit(3)", "1", 3, "started\nstarted\n"),
         ("os.kill(os.getpid(), 9)", "0", 137, "error: rank 1 was killed by SIGKILL"),
         # what a rank does for an error that a restart would repeat
-        ("os.kill(int(os.environ['LAUNCHER_PID']), signal.SIGUSR2); time.sleep(60)", "1", 1, ""),
+        ("os.kill(int(os.environ['LAUNCHER_PID']), signal.SIGVTALRM); time.sleep(60)", "1", 1, ""),
     ],
 )
 def test_a_failed_run_ends_with_the_rank_s_own_words_and_status(
@@ -179,7 +179,7 @@ def test_a_failed_run_ends_with_the_rank_s_own_words_and_status(
 STOPPING = """
 import os, signal, sys, time
 received = []
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, lambda number, frame: received.append(number))
 os.write(1, b"ready\\n")
@@ -215,7 +215,7 @@ def test_the_host_s_own_name_need_not_resolve(launch):
 
 
 @pytest.mark.parametrize(
-    "names", [["SIGTERM"], ["SIGHUP"], ["SIGUSR1"], ["SIGINT", "SIGINT"]], ids=" ".join
+    "names", [["SIGTERM"], ["SIGHUP"], ["SIGUSR1"], ["SIGUSR2"], ["SIGINT", "SIGINT"]], ids=" ".join
 )
 def test_ranks_get_each_signal_and_the_time_to_save(launch, names):
     process = launch(STOPPING)

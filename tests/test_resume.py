@@ -25,6 +25,7 @@ from ranks import ROOT, environment, run, run_ranks, train
 
 import checkpoint
 import errors
+from dataset import tokenizer_digest
 from model import load_backbone
 
 SINGLE, DDP = (ROOT / "training" / f"train_{name}.py" for name in ("single", "ddp"))
@@ -50,9 +51,10 @@ def test_a_changed_recipe_is_named_and_refused_and_last_pt_is_kept(unfinished, f
     before = (unfinished / "last.pt").read_bytes()
     recipe = torch.load(unfinished / "last.pt")["recipe"]
     names = "max-length global-batch-size lr warmup dropout epochs max-steps seed model precision"
+    names += " grad-compression"
     names = {f"--{name}" for name in names.split()} | {"the data or --max-*-samples"}
     assert recipe.keys() == names
-    for name in names - {"--precision"}:
+    for name in names - {*checkpoint.ROUNDING}:
         with pytest.raises(
             checkpoint.CheckpointError, match=f"^[^\n]*{re.escape(name)} [^\n]*--fresh$"
         ):
@@ -66,10 +68,28 @@ def test_another_precision_resumes_and_says_so(unfinished, flags, tmp_path):
     state = torch.load(unfinished / "last.pt")
     other = "bf16" if state["recipe"]["--precision"] == "fp32" else "fp32"
     (rank,) = train(0, flags(unfinished, "--precision", other), tmp_path)
-    assert f"at step 5, in {other} instead of" in rank.stdout
-    before = [{"world_size": 1, "precision": state["recipe"]["--precision"], "until_step": 5}]
+    assert f"at step 5, --precision {other} instead of" in rank.stdout
+    before = {"world_size": 1, "precision": state["recipe"]["--precision"], "until_step": 5}
+    before = [before | {"grad_compression": "none"}]
     saved = torch.load(unfinished / "distilbert_agnews.pt")["provenance"]
     assert rank.record["before"] == saved["before"] == before
+
+
+def test_another_compression_resumes_and_says_so(unfinished, flags, tmp_path):
+    zero, _ = train(2, flags(unfinished, "--grad-compression", "bf16"), tmp_path)
+    assert "at step 5, --grad-compression bf16 instead of none" in zero.stdout
+    assert zero.record["before"][0]["grad_compression"] == "none"
+
+
+def test_a_run_whose_output_nobody_reads_resumes(unfinished, flags, tmp_path):
+    last = checkpoint.previous_path(unfinished / "last.pt")
+    shutil.move(unfinished / "last.pt", last)  # so both lines about resuming are printed
+    command = [sys.executable, SINGLE, *flags(unfinished)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as out:
+        done = subprocess.run([*map(str, command)], cwd=tmp_path, env=environment(), stdout=out)
+    assert done.returncode == 0 and (unfinished / "distilbert_agnews.pt").exists()
 
 
 def test_the_backbones_own_dropout_may_be_named_and_another_is_refused_as_such(
@@ -160,10 +180,14 @@ def test_a_model_that_cannot_be_saved_leaves_the_former_one_its_tokenizer(
     tiny_backbone, other, tmp_path, monkeypatch
 ):
     record = defaultdict(int, epochs=[defaultdict(int)])
+    record["tokenizer_digest"] = tokenizer_digest(tiny_backbone)
     model, read = torch.nn.Linear(1, 1), (tmp_path / "tokenizer" / "tokenizer.json").read_bytes
     assert checkpoint.save_model(tmp_path, model, record, tiny_backbone).startswith("saved ")
     former = read()
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    with pytest.raises(checkpoint.CheckpointError, match="has changed since training began"):
+        checkpoint.save_model(tmp_path, model, record, other)  # its rows were tokenised otherwise
+    record["tokenizer_digest"] = tokenizer_digest(other)
     with pytest.raises(checkpoint.CheckpointError, match="what was there is unchanged"):
         checkpoint.save_model(tmp_path, model, record, other)
     assert read() == former
@@ -336,6 +360,7 @@ def start_long(script, flags, folder, out):
         ("train_single.py", "SIGHUP"),
         pytest.param("train_single.py", "SIGTERM", marks=pytest.mark.slow),
         pytest.param("train_single.py", "SIGUSR1", marks=pytest.mark.slow),
+        ("train_single.py", "SIGUSR2"),
     ],
 )
 def test_a_signal_saves_says_how_to_resume_and_exits_with_128_plus_its_number(

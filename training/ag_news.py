@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+csv.field_size_limit(2**31 - 1)  # characters of a cell; its default is 131,072
 LABELS = ("World", "Sports", "Business", "Sci/Tech")  # label 0 to 3, in AG News's own order
 HUB_DATASET = "fancyzhx/ag_news"
 SIZES = (120_000, 7_600)  # rows of train and test
@@ -192,8 +193,9 @@ def read_examples(path: Path) -> Examples:
         raise SourceError(f"{path}: {first_line(error)}") from None
 
 
-def read_split(folder: Path, split: str) -> Examples:
-    """`train.csv` and the like, or the Hub's `data/train-00000-of-00002.parquet`, ..."""
+def split_files(folder: Path, split: str) -> list[list[Path]]:
+    """The files of a split in each layout: `train.csv` and the like, or the Hub's
+    `data/train-00000-of-00002.parquet`, ...; most lists are empty."""
     shards = f"{split}-[0-9]*-of-[0-9]*.parquet"
     places = ("", "data/", f"{split}/")
     patterns = [place + split + suffix for place in places for suffix in FORMATS]
@@ -202,7 +204,10 @@ def read_split(folder: Path, split: str) -> Examples:
     patterns += [f"{split}/data-[0-9]*-of-[0-9]*.arrow"]  # its save_to_disk
     # the Hub's branch refs/convert/parquet
     patterns += [f"{split}/[0-9]*.parquet", f"default/{split}/[0-9]*.parquet"]
-    files = next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
+    return [sorted(folder.glob(pattern)) for pattern in patterns]
+
+
+def read_split(folder: Path, split: str, files: list[Path]) -> Examples:
     if not files:
         raise SourceError(
             f"{folder} has no {split} file; expected {split}.csv ({', '.join(FORMATS[1:])}) or "
@@ -231,7 +236,10 @@ def read_folder(folder: Path) -> tuple[Examples, Examples]:
         )
     if not os.access(folder, os.R_OK | os.X_OK):
         raise SourceError(f"{folder}: permission denied")
-    train, test = read_split(folder, "train"), read_split(folder, "test")
+    layouts = list(zip(*(split_files(folder, split) for split in ("train", "test")), strict=True))
+    together = next(filter(all, layouts), None)  # else the first file of each
+    files = together or [next(filter(None, column), []) for column in zip(*layouts, strict=True)]
+    train, test = map(partial(read_split, folder), ("train", "test"), files)
     if missing := [name for i, name in enumerate(LABELS) if i not in train.labels]:
         raise SourceError(
             f"{folder}: no training row is labelled {missing[0]}; AG News has {', '.join(LABELS)}"
@@ -260,7 +268,11 @@ def read_hub() -> tuple[Examples, Examples]:
             folders = [Path(snapshot(name, local_files_only=True)), *folders]
         for folder in folders:
             with suppress(SourceError):  # other files, or cut short
-                return read_folder(folder)
+                train, test = read_folder(folder)
+                # load_dataset("/my/own/ag_news") is cached under the old name, too
+                is_it = (len(train.texts), len(test.texts)) == SIZES
+                if is_it or "ag_news" not in folder.parts:
+                    return train, test
     try:
         return read_folder(Path(snapshot(HUB_DATASET)))
     except Exception as error:  # a dead network, no permission, a full disk, files cut short

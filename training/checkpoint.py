@@ -27,6 +27,7 @@ from torch import Tensor, nn
 MODEL, LAST = "distilbert_agnews.pt", "last.pt"
 LAST_KEYS = "model optimizer scaler step history epoch_sums recipe launcher world_size".split()
 FOLDER = Path(os.environ.get("CHECKPOINT_DIR") or Path(__file__).parent.parent / "checkpoints")
+ROUNDING = ("--precision", "--grad-compression")  # a resumed run may have others
 claimed = []
 
 
@@ -43,6 +44,14 @@ def temporary_path(path: Path) -> Path:
 
 def previous_path(path: Path) -> Path:
     return path.with_stem(f"{path.stem}.previous")
+
+
+def sync_folder(folder: Path) -> None:
+    """So that renames in it survive a power cut, too."""
+    number = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems cannot
+        os.fsync(number)
+    os.close(number)
 
 
 def keep_previous(path: Path) -> None:
@@ -62,9 +71,10 @@ def hold_signals():
     Blocking them would not do: the kernel hands a signal to any of torch's other threads, and
     Python then runs the handler in the main thread all the same.
     """
-    held, numbers = [], (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    held = []
+    numbers = [getattr(signal, f"SIG{name}") for name in "TERM INT HUP USR1 USR2".split()]
     if threading.current_thread() is not threading.main_thread():
-        numbers = ()  # handlers belong to the main thread
+        numbers = []  # handlers belong to the main thread
     before = {n: signal.signal(n, lambda number, frame: held.append(number)) for n in numbers}
     try:
         yield
@@ -87,10 +97,7 @@ def save_checkpoint(state: dict, path: Path) -> None:
             os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
         keep_previous(path)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # some network file systems cannot
-            os.fsync(folder)  # so that the renames survive a power cut, too
-        os.close(folder)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or "the disk is full or cannot be written"
         raise CheckpointError(
@@ -179,9 +186,12 @@ def copy_files(source: Path, folder: Path) -> None:
         temporary = temporary_path(folder / file.name)
         try:
             shutil.copyfile(file, temporary)
+            with open(temporary, "rb+") as copy:
+                os.fsync(copy.fileno())
             os.replace(temporary, folder / file.name)
         finally:
             temporary.unlink(missing_ok=True)
+    sync_folder(folder)
 
 
 def save_tokenizer(backbone: Path, folder: Path) -> tuple[str, bool]:
@@ -212,6 +222,13 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
 
     Returns what to tell the user.
     """
+    from dataset import tokenizer_digest
+
+    if tokenizer_digest(backbone) != record["tokenizer_digest"]:
+        raise CheckpointError(
+            f"the tokenizer in {backbone} has changed since training began; put the former one "
+            "back, and the same command saves the model"
+        )
     path = folder / MODEL
     before = f"; the model before it is {previous_path(path)}" if path.exists() else ""
     elsewhere = folder.resolve() != FOLDER.resolve()
@@ -248,7 +265,7 @@ def save_model(folder: Path, model: nn.Module, record: dict, backbone: Path) -> 
 
 
 def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -> dict:
-    """All that decides what is trained. A run resumes with a recipe equal in all but --precision.
+    """All that decides what is trained. A run resumes with one that is equal in all but ROUNDING.
 
     The number of processes and the micro-batch are not part of it: they change rounding, and which
     dropout masks are drawn.
@@ -263,7 +280,8 @@ def make_recipe(args, data_fingerprint: str, model: nn.Module, precision: str) -
     names = "max_length global_batch_size lr warmup epochs max_steps seed"
     recipe |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in names.split()}
     recipe["--dropout"] = (model.config.dropout, model.config.attention_dropout)
-    return recipe | {"--precision": precision}
+    compression = getattr(args, "grad_compression", "none")
+    return recipe | {"--precision": precision, "--grad-compression": compression}
 
 
 def save_last(args, recipe: dict, trainer_state: dict, step: int, history, epoch_sums) -> None:
@@ -287,6 +305,8 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
 
     With `launcher`, None as well unless this very torchrun has started the run that saved it.
     """
+    from errors import print0
+
     previous = previous_path(path)
     if not path.exists() and not previous.exists():
         return None
@@ -298,7 +318,7 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
         if not previous.exists() or (path.exists() and not os.access(path, os.R_OK)):
             raise
         problem = error if path.exists() else f"{path} is gone"
-        print(f"warning: {problem}; resuming from the save before it, {previous}", flush=True)
+        print0(f"warning: {problem}; resuming from the save before it, {previous}")
         state = load_checkpoint(previous, LAST_KEYS)
         # else the next save would keep the corrupted one as `previous`
         if path.exists():
@@ -307,7 +327,7 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
     if launcher and state["launcher"] != launcher:
         return None
     saved = state["recipe"]
-    changed = [n for n in recipe if n != "--precision" and saved.get(n) != recipe[n]]
+    changed = [n for n in recipe if n not in ROUNDING and saved.get(n) != recipe[n]]
     if changed:
         changes = ", ".join(f"{n} (was {saved.get(n)}, now {recipe[n]})" for n in changed)
         sources = {"--model", "the data or --max-*-samples"} & {*changed}
@@ -334,6 +354,8 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
     it: rank 0 reads and sends the state to the others, which may be on a host without the file.
     Ranks that torchrun restarted resume even with --fresh, if it was this run that saved.
     """
+    from errors import print0
+
     folder, state, finished = args.checkpoint_dir, None, False
     distributed = dist.is_initialized()
     restarted = distributed and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -342,9 +364,10 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
             delete_last(folder)
         state = read_last(folder / LAST, recipe, launcher_id() if args.fresh else None)
         if state:
-            before, now = state["recipe"]["--precision"], recipe["--precision"]
-            change = f", in {now} instead of {before}" if now != before else ""
-            print(f"resuming from {folder / LAST} at step {state['step']}{change}", flush=True)
+            saved = state["recipe"] = dict.fromkeys(ROUNDING, "none") | state["recipe"]
+            changed = [name for name in ROUNDING if recipe[name] != saved[name]]
+            changes = [f", {name} {recipe[name]} instead of {saved[name]}" for name in changed]
+            print0(f"resuming from {folder / LAST} at step {state['step']}{''.join(changes)}")
         elif restarted and (folder / MODEL).exists():  # perhaps killed after its last save
             with suppress(CheckpointError):  # an older model, which this run will replace
                 provenance = load_checkpoint(folder / MODEL, ("provenance",))["provenance"]
@@ -365,6 +388,7 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
         if name != "scaler" or (part.is_enabled() and state[name]):  # empty unless both are fp16
             part.load_state_dict(state[name])
     state["history"]["resumed_at"].append(state["step"])
-    part = {"world_size": state["world_size"], "precision": state["recipe"]["--precision"]}
-    state["history"]["before"].append(part | {"until_step": state["step"]})
+    part = {name[2:].replace("-", "_"): state["recipe"][name] for name in ROUNDING}
+    part |= {"world_size": state["world_size"], "until_step": state["step"]}
+    state["history"]["before"].append(part)
     return state["step"], state["history"], state["epoch_sums"]

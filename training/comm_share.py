@@ -26,7 +26,9 @@ def timed_backward(model, batch, autocast, device, context) -> float:
     return time.perf_counter() - t0
 
 
-def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: int, args) -> None:
+def report(
+    model: DistributedDataParallel, batch, autocast, grad_accum_steps: int, args, scaler
+) -> None:
     """Prints the share of communication in a step, and the flags that send fewer bytes.
 
     Times forward and backward of one micro-batch with its all-reduce and, under `no_sync`, without.
@@ -50,7 +52,8 @@ def report(model: DistributedDataParallel, batch, autocast, grad_accum_steps: in
         flags.append("--sparse-embeddings")
     if args.grad_compression == "none" and device.type == "cuda":  # over gloo converting costs more
         less /= 2
-        flags.append("--grad-compression fp16")
+        # fp16 has no small numbers: without the scaler's factor small gradients would become 0
+        flags.append(f"--grad-compression {'fp16' if scaler.is_enabled() else 'bf16'}")
     if share < 0.1:
         advice = "little is left to gain"
     elif flags:

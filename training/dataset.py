@@ -60,6 +60,7 @@ class Data:
     why: str
     note: str  # what a reader of its accuracy has to know
     fingerprint: str  # of tokens, labels and the choice of rows, over all three splits
+    tokenizer_digest: str  # of its files
     vocab_size: int  # highest token id + 1, over all three splits
 
 
@@ -121,6 +122,16 @@ def tokenize(texts: list[str], folder: Path, max_length: int) -> tuple[np.ndarra
     return ids, ends
 
 
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 over all files that decide how `folder`'s tokenizer works."""
+    digest = hashlib.sha256()
+    names = "tokenizer.json vocab.txt tokenizer_config.json special_tokens_map.json config.json"
+    for name in (*names.split(), "added_tokens.json"):
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()
+
+
 def load_tokens(path: Path, rows: int) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with np.load(path) as kept:
@@ -139,12 +150,8 @@ def cached_tokens(texts: list[str], folder: Path, max_length: int) -> tuple[np.n
     """
     from huggingface_hub.constants import HF_HOME
 
-    versions = [version("tokenizers"), version("transformers")]
+    versions = [version("tokenizers"), version("transformers"), tokenizer_digest(folder)]
     key = hashlib.sha256(json.dumps([max_length, versions, texts]).encode())
-    names = "tokenizer.json vocab.txt tokenizer_config.json special_tokens_map.json config.json"
-    for name in (*names.split(), "added_tokens.json"):
-        if (folder / name).is_file():
-            key.update(name.encode() + (folder / name).read_bytes())
     path = Path(HF_HOME) / "distrinews" / f"{key.hexdigest()[:24]}.npz"
     if tokens := load_tokens(path, len(texts)):  # also where the folder cannot be written
         return tokens
@@ -209,7 +216,8 @@ def prepare_data(
         note += f"\n{same:,} of {len(test.texts):,} test rows are training rows as well: "
         note += "the test accuracy is too high"
     vocab_size = int(ids.max()) + 1
-    return Data(*splits, source.name, source.why, note, fingerprint.hexdigest()[:16], vocab_size)
+    digests = fingerprint.hexdigest()[:16], tokenizer_digest(tokenizer_folder)
+    return Data(*splits, source.name, source.why, note, *digests, vocab_size)
 
 
 # Batches

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 NCCL_REMEDY = "on GPUs try NCCL_CUMEM_HOST_ENABLE=0, then NCCL_P2P_DISABLE=1 as well"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Slurm warns by USR1, LSF by USR2
+STOP_SIGNALS = [getattr(signal, f"SIG{name}") for name in "TERM INT HUP USR1 USR2".split()]
 received_signals: list[int] = []  # see note_stop_signals
 
 
@@ -140,7 +141,7 @@ def one_line_errors(*kinds: type[Exception]):
                 print(text.rstrip(), file=sys.stderr, flush=True)
             if isinstance(error, kinds) and "LAUNCHER_PID" in os.environ:
                 # a restart would meet the same error: torchrun.py ends all ranks at this signal
-                os.kill(launcher, signal.SIGUSR2)
+                os.kill(launcher, signal.SIGVTALRM)
             os._exit(1)  # an orderly exit can wait for ranks that are gone
 
 

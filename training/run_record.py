@@ -24,6 +24,7 @@ from machine import ROOT, git_commit, host, peak_memory_mb, versions
 from utils import UsageError
 
 CURVE_POINTS = 500
+SMALLEST_SCALE = 1e-3  # 26 skipped steps
 
 
 def start_record(args, data, model, model_source, precision, micro_batch_size, total_steps) -> dict:
@@ -46,6 +47,7 @@ def start_record(args, data, model, model_source, precision, micro_batch_size, t
         "model": model_source[0],
         "data": data.source,
         "data_fingerprint": data.fingerprint,
+        "tokenizer_digest": data.tokenizer_digest,
         "labels": list(LABELS),
         **{name: getattr(args, name) for name in names},
         "micro_batch_size": micro_batch_size,
@@ -110,9 +112,11 @@ def log_point(history: dict, tensorboard, total_steps: int, scaler, point: dict)
     """Adds a point to the curve where one is due, and to TensorBoard.
 
     Raises UsageError where the loss or the gradient is not finite, so that such a state is never
-    saved. In fp16 a gradient may overflow now and then: GradScaler skips that step.
+    saved. In fp16 a gradient may overflow now and then: GradScaler skips that step, and halves
+    its scale. Where the scale gets tiny, it is no overflow.
     """
-    if not math.isfinite(point["grad_norm"]) and scaler.is_enabled():
+    overflow = scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
+    if not math.isfinite(point["grad_norm"]) and overflow:
         point = point | {"grad_norm": None}
     for name in ("loss", "grad_norm"):
         if point[name] is not None and not math.isfinite(point[name]):

@@ -24,9 +24,10 @@ LOG_VARIABLES = "LOGLEVEL TORCH_LOGS TORCH_CPP_LOG_LEVEL TORCH_DISTRIBUTED_DEBUG
 
 def main() -> int | str:
     os.environ["LAUNCHER_PID"] = str(os.getpid())  # see end_with_launcher in errors.py
-    # torchrun forwards these to all ranks and waits while they finish their step and save. USR1 is
-    # Slurm's warning, USR2 comes from a rank (below). What nohup or a script's `&` ignores is kept.
-    numbers = (getattr(signal, f"SIG{name}") for name in "INT TERM QUIT HUP USR1 USR2".split())
+    # torchrun forwards these to all ranks and waits while they finish their step and save. VTALRM
+    # comes from a rank (below). What nohup or a script's `&` ignores is kept.
+    names = "INT TERM QUIT HUP USR1 USR2 VTALRM".split()
+    numbers = (getattr(signal, f"SIG{name}") for name in names)
     heard = [n.name for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
     os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(heard)
     if not os.environ.get("OMP_NUM_THREADS"):  # torchrun would set 1: on a CPU cores would idle
@@ -48,7 +49,8 @@ def main() -> int | str:
     def close_patiently(self, death_sig=None, timeout=30):
         if death_sig:
             timeout = max(timeout, 300)
-            for number in (signal.SIGHUP, signal.SIGUSR1):  # one more would end the waiting
+            # one more would end the waiting
+            for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
                 signal.signal(number, signal.SIG_IGN)
         close(self, death_sig, timeout)
 
@@ -72,8 +74,8 @@ def main() -> int | str:
     except SignalException as error:
         if finished:  # a signal during the last evaluation or save stopped nothing
             return 0
-        # SIGUSR2 is from a rank that has printed an error which a restart would repeat
-        return 1 if error.sigval == signal.SIGUSR2 else 128 + error.sigval
+        # SIGVTALRM is from a rank that has printed an error which a restart would repeat
+        return 1 if error.sigval == signal.SIGVTALRM else 128 + error.sigval
     except (DistError, RendezvousError) as error:
         cause = str(error.__cause__ or error).splitlines()[0].rstrip(".")
         return (

@@ -138,7 +138,7 @@ def main() -> None:
     # Times a few backwards, to print what share of a step is communication. They are needed anyway:
     # after its first backward DDP rebuilds its buckets, and then sums in another order. With that
     # behind it, a resumed run is bit-identical to one that was not interrupted.
-    comm_share.report(model, next(iter(train_loader)), autocast, grad_accum_steps, args)
+    comm_share.report(model, next(iter(train_loader)), autocast, grad_accum_steps, args, scaler)
     profiler.start(args.profile, optimizer, total_steps - step)
 
     tensorboard = run_record.TensorBoard(args.tensorboard if master_process else None, step)

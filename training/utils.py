@@ -1,9 +1,11 @@
 """What the training scripts share. all_reduce_sum and evaluate work without a process group too."""
 
 import argparse
+import hashlib
 import importlib.util
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -60,8 +62,10 @@ def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict, sources: str
 
     `sources`: the model and the data that this rank found, for the message.
     """
-    names = ("save_every", "grad_compression", "sparse_embeddings", "backend")
-    own = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    own = {"the code": hashlib.sha256(code).hexdigest()[:16], "torch": torch.__version__}
+    for name in ("save_every", "sparse_embeddings", "backend"):
+        own[f"--{name.replace('_', '-')}"] = getattr(args, name)
     everyone = [None] * dist.get_world_size()
     host = f"{os.uname().nodename}, {sources}"
     dist.all_gather_object(everyone, {"host": host, **own, **recipe})
@@ -70,7 +74,7 @@ def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict, sources: str
             if name != "host" and value != (first := everyone[0][name]):
                 raise UsageError(
                     f"{name} differs: {value} on rank {rank} (host {theirs['host']}), {first} on "
-                    f"rank 0 (host {everyone[0]['host']}); all need the same data, model and flags"
+                    f"rank 0 (host {everyone[0]['host']}); all need the same code, data and flags"
                 )
 
 
@@ -166,7 +170,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UsageError for a flag whose value makes no sense; expands ~ in the others."""
-    if "" in sys.argv[1:]:
+    if any(word == "" or re.fullmatch("--[a-z-]+=", word) for word in sys.argv[1:]):
         raise UsageError("a flag's value is empty: is a variable of the shell not set?")
     for name, value in vars(args).items():
         if isinstance(value, str | Path):  # no shell expands --flag=~/folder
