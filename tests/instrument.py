@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import rank_checks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -65,7 +66,7 @@ def main() -> None:
     sys.argv = [script, *flags]
     nn.utils.clip_grad_norm_ = instrument_gradients(nn.utils.clip_grad_norm_)
     if os.environ.get("FAULT") == "hang at start" and os.environ["RANK"] == "1":
-        errors.probe_all_reduce = lambda device: time.sleep(1000)
+        rank_checks.probe_all_reduce = lambda device: time.sleep(1000)
     if "ONE_CARD" in os.environ:
         os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "LOCAL_WORLD_SIZE": "1"}
     torch.use_deterministic_algorithms(True)

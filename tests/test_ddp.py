@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import rank_checks
 import torch
 from ranks import ROOT, losses, run_ranks, train
 
@@ -94,4 +95,4 @@ def test_a_host_with_other_code_is_named(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     args = argparse.Namespace(save_every=1, sparse_embeddings=False, backend="auto")
     with pytest.raises(utils.UsageError, match="^the code differs: of yesterday on rank 1"):
-        utils.check_same_on_all_ranks(args, {}, "model, data")
+        rank_checks.check_same_on_all_ranks(args, {}, "model, data")

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import rank_checks
 import torch
 from ranks import ROOT, run
 
@@ -105,7 +106,7 @@ def test_a_store_that_nobody_fills_is_another_rank_that_is_missing(kind, text):
 
 
 def test_a_host_whose_gpu_cannot_be_seen_is_named(monkeypatch):
-    monkeypatch.setattr(utils, "all_reduce_sum", lambda values: [1.0])
+    monkeypatch.setattr(rank_checks, "all_reduce_sum", lambda values: [1.0])
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(utils.UsageError, match="1 of 2 ranks have a GPU, host .* sees none"):
-        utils.check_devices(torch.device("cpu"))
+        rank_checks.check_devices(torch.device("cpu"))

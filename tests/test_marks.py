@@ -50,7 +50,7 @@ def test_2_data_prepared_in_the_group_outlasts_a_collective(variant):
 
 
 def test_2_without_the_comparison_ranks_train_on_different_rows(variant):
-    compare = "    utils.check_same_on_all_ranks"
+    compare = "    rank_checks.check_same_on_all_ranks"
     cut = ("data = dataset", "args.max_train_samples = 100 - rank\n    data = dataset")
     ranks, _ = variant(cut, (compare, "    "), more=["--max-steps", 3])
     assert ranks[0].status == 0  # nothing told

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
@@ -143,30 +142,6 @@ def one_line_errors(*kinds: type[Exception]):
                 # a restart would meet the same error: torchrun.py ends all ranks at this signal
                 os.kill(launcher, signal.SIGVTALRM)
             os._exit(1)  # an orderly exit can wait for ranks that are gone
-
-
-def probe_all_reduce(device: torch.device) -> None:
-    """One all-reduce, which ends the process with one line if it hangs for a minute.
-
-    All ranks have come here at about the same time, so only the transport can be the cause. Later,
-    a rank may be slow for good reasons, and the time-out of a collective is longer.
-    """
-    seconds, finished = min(60, float(os.environ.get("TIMEOUT") or 60)), threading.Event()
-
-    def watch() -> None:
-        if not finished.wait(seconds):
-            text = f"the first all-reduce did not end within {seconds:.0f} s; {NCCL_REMEDY}"
-            if os.environ["LOCAL_RANK"] == "0":
-                os.write(2, f"error: {text}\n".encode())
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    ones = torch.ones(1, device=device)
-    dist.all_reduce(ones)
-    total = ones.item()  # waits for the GPU
-    finished.set()
-    if total != dist.get_world_size():
-        raise RuntimeError(f"NCCL error: ones on {dist.get_world_size()} ranks add up to {total}")
 
 
 def note_stop_signals() -> list[int]:

@@ -16,6 +16,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import rank_checks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -96,8 +97,8 @@ def main() -> None:
     # NCCL carries tensors between GPUs; gloo carries those on the CPU, such as counts.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     dist.init_process_group(backends, timeout=utils.collective_timeout())
-    utils.check_devices(device)
-    errors.probe_all_reduce(device)
+    rank_checks.check_devices(device)
+    rank_checks.probe_all_reduce(device)
 
     torch.manual_seed(args.seed)  # for the new head; the encoder's weights are loaded
     raw_model = load_backbone(folder, args.dropout, args.max_length, data.vocab_size).to(device)
@@ -106,7 +107,7 @@ def main() -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     recipe = checkpoint.make_recipe(args, data.fingerprint, raw_model, precision)
     # DDP 2/7: a host with other rows, weights or flags would train along without any error.
-    utils.check_same_on_all_ranks(args, recipe, f"{model_source[0]}, {data.source}")
+    rank_checks.check_same_on_all_ranks(args, recipe, f"{model_source[0]}, {data.source}")
 
     # DDP 3/7: the sampler. All ranks draw an epoch's order from (seed, epoch). Of each step's rows
     # rank r takes r, r + world_size, ...: step k trains on the same rows on 1 process or on 8.

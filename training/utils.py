@@ -1,7 +1,6 @@
 """What the training scripts share. all_reduce_sum and evaluate work without a process group too."""
 
 import argparse
-import hashlib
 import importlib.util
 import math
 import os
@@ -57,27 +56,6 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def check_same_on_all_ranks(args: argparse.Namespace, recipe: dict, sources: str) -> None:
-    """Raises UsageError on every rank if a rank's recipe or flags differ from rank 0's.
-
-    `sources`: the model and the data that this rank found, for the message.
-    """
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    own = {"the code": hashlib.sha256(code).hexdigest()[:16], "torch": torch.__version__}
-    for name in ("save_every", "sparse_embeddings", "backend"):
-        own[f"--{name.replace('_', '-')}"] = getattr(args, name)
-    everyone = [None] * dist.get_world_size()
-    host = f"{os.uname().nodename}, {sources}"
-    dist.all_gather_object(everyone, {"host": host, **own, **recipe})
-    for rank, theirs in enumerate(everyone):
-        for name, value in theirs.items():
-            if name != "host" and value != (first := everyone[0][name]):
-                raise UsageError(
-                    f"{name} differs: {value} on rank {rank} (host {theirs['host']}), {first} on "
-                    f"rank 0 (host {everyone[0]['host']}); all need the same code, data and flags"
-                )
-
-
 def cleanup_distributed() -> None:
     """Ends the process group once all ranks have come here, rank 0 with everything saved."""
     all_reduce_sum([0.0])  # a barrier on the CPU
@@ -108,17 +86,6 @@ def choose_device(backend: str = "auto", local_rank: int = 0) -> tuple[torch.dev
     device = torch.device("cuda", local_rank % gpus)
     torch.cuda.set_device(device)  # otherwise every rank would also open GPU 0
     return device, "gloo" if backend == "gloo" else "nccl"
-
-
-def check_devices(device: torch.device) -> None:
-    """Raises UsageError on every rank if some ranks have a GPU and others see none."""
-    [gpus] = all_reduce_sum([float(device.type == "cuda")])
-    if 0 < gpus < dist.get_world_size():
-        has = "has one" if device.type == "cuda" else "sees none"
-        raise UsageError(
-            f"{gpus:.0f} of {dist.get_world_size()} ranks have a GPU, host {os.uname().nodename} "
-            f"{has}; see nvidia-smi on every host, or hide the GPUs with CUDA_VISIBLE_DEVICES="
-        )
 
 
 def choose_precision(choice: str, device: torch.device) -> tuple[str, str]:
