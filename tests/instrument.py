@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import rank_checks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -22,6 +21,7 @@ import checkpoint
 import dataset
 import errors
 import model
+import rank_checks
 import utils
 
 seen, parameters = {"grads": []}, []

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
-import rank_checks
 import torch
 from ranks import ROOT, losses, run_ranks, train
 
+import rank_checks
 import utils
 from inference.model_loader import Classifier
 from model import Config, NewsClassifier

@@ -3,11 +3,11 @@
 import sys
 
 import pytest
-import rank_checks
 import torch
 from ranks import ROOT, run
 
 import errors
+import rank_checks
 import utils
 
 

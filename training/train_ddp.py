@@ -16,7 +16,6 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import rank_checks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,6 +30,7 @@ import dataset
 import errors
 import machine
 import profiler
+import rank_checks
 import run_record
 import utils
 from ag_news import SourceError, find_data
