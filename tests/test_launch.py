@@ -271,7 +271,8 @@ def test_ranks_end_when_torchrun_is_killed(launch):
 
 @pytest.mark.parametrize("seconds", [0.05, 0.1, 0.15, 0.6, 1.5])
 def test_ctrl_c_in_the_first_seconds_prints_no_traceback(launch, seconds):
-    process = launch(STOPPING)
+    # the real ranks begin with this line, too
+    process = launch("import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n" + STOPPING)
     time.sleep(seconds)
     # a terminal sends it to all; the fake ranks, unlike real ones, are not prepared for it
     os.killpg(process.pid, signal.SIGINT) if seconds < 0.2 else process.send_signal(signal.SIGINT)
