@@ -136,6 +136,7 @@ def environment() -> Environment:
     env.filters["accuracy"] = "{:.4f}".format
     env.filters["ms"] = lambda seconds, unit=" ms": f"{1e3 * seconds:,.0f}{unit}"
     env.tests["empty"] = lambda values: not len(values)
+    env.tests["contains"] = lambda text, part: part in text
     env.globals |= vars(cost_model) | vars(figures) | globals()
     env.globals |= {
         "speeds": found,
