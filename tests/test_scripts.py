@@ -66,3 +66,9 @@ def test_every_documented_way_to_start_works(flags, tmp_path, cwd, command):
     done = run(command, tmp_path / "repo" / cwd, as_user=True, NPROC_PER_NODE="2")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "c" / "distilbert_agnews.pt").exists()
+
+
+def test_checkpoints_corrupted_in_twelve_ways_are_refused():
+    command = [sys.executable, "-m", "tests.faults.corrupt", "--times", "12"]
+    result = run(command, ROOT, as_user=True)
+    assert "12 of 12 refused with one line; no code ran" in result.stdout, result.stderr

@@ -300,13 +300,11 @@ def delete_last(folder: Path) -> None:
         old.unlink(missing_ok=True)
 
 
-def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | None:
-    """The state in last.pt, else in the save before it; None if there is neither.
+def read_last(path: Path, recipe: dict, launcher: str | None = None, say=print) -> dict | None:
+    """The state in last.pt, else in the save before it, which it says; None if there is neither.
 
     With `launcher`, None as well unless this very torchrun has started the run that saved it.
     """
-    from errors import print0
-
     previous = previous_path(path)
     if not path.exists() and not previous.exists():
         return None
@@ -318,7 +316,7 @@ def read_last(path: Path, recipe: dict, launcher: str | None = None) -> dict | N
         if not previous.exists() or (path.exists() and not os.access(path, os.R_OK)):
             raise
         problem = error if path.exists() else f"{path} is gone"
-        print0(f"warning: {problem}; resuming from the save before it, {previous}")
+        say(f"warning: {problem}; resuming from the save before it, {previous}")
         state = load_checkpoint(previous, LAST_KEYS)
         # else the next save would keep the corrupted one as `previous`
         if path.exists():
@@ -362,7 +360,8 @@ def resume(args, recipe: dict, trainer_state: dict) -> tuple[int, dict, Tensor]:
     if not distributed or dist.get_rank() == 0:
         if args.fresh and not restarted:
             delete_last(folder)
-        state = read_last(folder / LAST, recipe, launcher_id() if args.fresh else None)
+        launcher = launcher_id() if args.fresh else None
+        state = read_last(folder / LAST, recipe, launcher, print0)
         if state:
             saved = state["recipe"] = dict.fromkeys(ROUNDING, "none") | state["recipe"]
             changed = [name for name in ROUNDING if recipe[name] != saved[name]]
